@@ -1,0 +1,222 @@
+"""Any pytree of tensors as one real (B, D) tensor, and back.
+
+Solvers and gradient methods only ever see a state of shape (B, D): B independent samples with D real
+numbers each. This module is the door. What comes in is remembered in a `Layout`; what goes out has the
+same structure, shapes and dtypes.
+
+* A single real tensor is viewed, not copied.
+* A complex leaf is a pair of real numbers. The fixed point of a map that is not holomorphic (a
+  conjugate, an absolute value) is then solved, and differentiated, by the same real algebra.
+* A half-precision leaf is carried in float32: the map sees its own dtype, the solver's sums do not
+  lose digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+Tree = Any
+Map = Callable[[Tensor], Tensor]
+
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pytree of tensors lies in one (B, D) tensor.
+
+    Arguments:
+        spec: the structure, as optree describes it.
+        shapes: the shape of each leaf.
+        dtypes: the dtype of each leaf.
+        sizes: real numbers per sample in each leaf.
+        batch: B, the number of samples.
+        dtype: dtype of the (B, D) tensor, at least float32.
+    """
+
+    spec: Any
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[int, ...]
+    batch: int
+    dtype: torch.dtype
+
+    def unravel(self, z: Tensor) -> Tree:
+        """The (B, D) tensor `z` in the structure of the state. A view wherever dtypes allow."""
+        columns = (z,) if len(self.sizes) == 1 else z.split(self.sizes, dim=1)
+        leaves = [
+            _from_columns(c, shape, dtype)
+            for c, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
+        ]
+        return optree.tree_unflatten(self.spec, leaves)
+
+    def ravel(self, tree: Tree, *, source: str = "f") -> Tensor:
+        """`tree`, which must have this layout, as a (B, D) tensor. `source` names it in errors."""
+        leaves = self._leaves(tree, source)
+        columns = [
+            _to_columns(leaf, self.batch, size, self.dtype)
+            for leaf, size in zip(leaves, self.sizes, strict=True)
+        ]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+    def _leaves(self, tree: Tree, source: str) -> list[Tensor]:
+        if isinstance(tree, Tensor) and self.spec.is_leaf():
+            leaves = [tree]
+        else:
+            leaves, spec = optree.tree_flatten(tree)
+            if spec != self.spec and not _alike(spec, self.spec):
+                raise TypeError(
+                    f"{source} returned the structure {spec}, but the state has the structure "
+                    f"{self.spec}. Return the state in the structure z0 was given in."
+                )
+        for i, (leaf, shape, dtype) in enumerate(zip(leaves, self.shapes, self.dtypes, strict=True)):
+            where = f" (leaf {i})" if len(self.shapes) > 1 else ""
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{source} returned a {type(leaf).__name__}{where}, not a tensor.")
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{source} returned shape {tuple(leaf.shape)}{where}, but the state has shape "
+                    f"{tuple(shape)}. A fixed point z = f(z) needs f to keep the shape of z: check for "
+                    f"a missing or an extra dimension, and that z0 has the batch size of the input."
+                )
+            if leaf.dtype != dtype and not _fits(leaf.dtype, dtype):
+                raise TypeError(
+                    f"{source} returned dtype {leaf.dtype}{where}, but the state has dtype {dtype}. "
+                    f"Give z0 as {leaf.dtype}, or return z.to({dtype})."
+                )
+        return leaves
+
+
+def layout_of(z0: Tree, batch_dims: int = 1) -> Layout:
+    """The layout of the state `z0`.
+
+    Arguments:
+        z0: a tensor, or any pytree (tuple, list, dict, named tuple, dataclass registered with optree) of
+            floating-point or complex tensors.
+        batch_dims: how many leading dimensions count samples. 1: the first dimension is the batch.
+            0: the whole state is one sample, as for a graph or any f that couples everything. 2: one
+            sample per token. A state whose leaves are all 0-D is one sample.
+
+    Raises:
+        TypeError: a leaf is not a floating-point or complex tensor.
+        ValueError: there is no leaf, or the leaves disagree about the batch or the device.
+    """
+    leaves, spec = optree.tree_flatten(z0)
+    if not leaves:
+        raise ValueError(f"the state {z0!r} has no tensor in it; a fixed-point solve needs at least one.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"the state holds a {type(leaf).__name__} ({leaf!r}); every leaf must be a tensor. "
+                f"Wrap numbers with torch.as_tensor, and close f over whatever is not part of the state."
+            )
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise TypeError(
+                f"the state has dtype {leaf.dtype}; a fixed point is solved in floating-point or complex "
+                f"numbers. Use z0.float() or z0.double()."
+            )
+        if leaf.device != leaves[0].device:
+            raise ValueError(
+                f"the leaves of the state lie on {leaves[0].device} and {leaf.device}; "
+                f"move them to one device."
+            )
+    scalars = all(leaf.dim() == 0 for leaf in leaves)
+    depth = 0 if scalars else batch_dims
+    batches = {leaf.shape[:depth] for leaf in leaves}
+    if len(batches) > 1 or any(leaf.dim() < depth for leaf in leaves):
+        raise ValueError(
+            f"the leaves of the state have shapes {[tuple(leaf.shape) for leaf in leaves]}, which do not "
+            f"agree in their first {depth} dimension(s), the batch. Use batch_dims=0 if the state is one "
+            f"system rather than a batch of samples."
+        )
+    batch = math.prod(batches.pop())
+    real = [_real_dtype(leaf.dtype) for leaf in leaves]
+    dtype = real[0]
+    for other in real[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return Layout(
+        spec=spec,
+        shapes=tuple(leaf.shape for leaf in leaves),
+        dtypes=tuple(leaf.dtype for leaf in leaves),
+        sizes=tuple(
+            math.prod(leaf.shape[depth:]) * (2 if leaf.is_complex() else 1) for leaf in leaves
+        ),
+        batch=batch,
+        dtype=dtype,
+    )
+
+
+class FlatMap:
+    """A user's map on pytrees, seen as a map (B, D) -> (B, D), and checked at the door.
+
+    Arguments:
+        f: the user's map. It gets the state in its own structure and returns it so.
+        layout: the layout of the state.
+
+    Raises:
+        ValueError, TypeError: f changes shape, structure or dtype of the state.
+        RuntimeError: f changes its argument in place, which would spoil the solver's iterates.
+    """
+
+    def __init__(self, f: Callable[[Tree], Tree], layout: Layout):
+        self.f = f
+        self.layout = layout
+
+    def __call__(self, z: Tensor) -> Tensor:
+        before = None if z.is_inference() else z._version
+        fz = self.layout.ravel(self.f(self.layout.unravel(z)))
+        if before is not None and z._version != before:
+            raise RuntimeError(
+                "f changed its argument in place (an operation such as z.add_, z += … or z[…] = …). A "
+                "solver keeps its iterates, so f must return a new tensor: write z = z + … instead."
+            )
+        return fz
+
+    def __repr__(self) -> str:
+        return f"FlatMap({self.f!r})"
+
+
+def per_sample(z: Tensor) -> Tensor:
+    """Euclidean norm per sample of a (B, D) tensor, (B,), in at least float32."""
+    return torch.linalg.vector_norm(z, dim=1)
+
+
+def _real_dtype(dtype: torch.dtype) -> torch.dtype:
+    real = dtype.to_real() if dtype.is_complex else dtype
+    return _WIDER.get(real, real)
+
+
+def _to_columns(leaf: Tensor, batch: int, size: int, dtype: torch.dtype) -> Tensor:
+    if leaf.is_complex():
+        leaf = torch.view_as_real(leaf.resolve_conj())
+    return leaf.reshape(batch, size).to(dtype)
+
+
+def _from_columns(columns: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    if dtype.is_complex:
+        pairs = columns.to(dtype.to_real()).reshape(*shape, 2)
+        return torch.view_as_complex(pairs if pairs.is_contiguous() else pairs.contiguous())
+    return columns.reshape(shape).to(dtype)
+
+
+def _fits(got: torch.dtype, state: torch.dtype) -> bool:
+    """Whether a value of dtype `got` goes into the state without loss (autocast returns half floats)."""
+    return torch.promote_types(got, state) == state and (got.is_floating_point or got.is_complex)
+
+
+def _alike(got: Any, want: Any) -> bool:
+    """Lists and tuples stand for each other, at any depth."""
+    if got.is_leaf() or want.is_leaf():
+        return bool(got == want)
+    sequences = (list, tuple)
+    same = got.type == want.type or (got.type in sequences and want.type in sequences)
+    if not same or got.num_children != want.num_children or (got.type not in sequences and got.entries() != want.entries()):
+        return False
+    return all(_alike(a, b) for a, b in zip(got.children(), want.children(), strict=True))

@@ -1,0 +1,176 @@
+"""The front door: a module that solves z = f(z) and gives the solution its derivative."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdeq._state import FlatMap, Tree, layout_of
+from torchdeq.grad.base import GradMethod, OnBackward
+from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
+from torchdeq.solution import Reporter, Solution
+from torchdeq.solver.anderson import Anderson
+from torchdeq.solver.base import Solver, unravel_solution
+
+FORWARD_REMEDY = (
+    "The returned state is the best one found, not a fixed point to this tolerance. Raise max_iter or tol, try "
+    "another solver, or make f more contractive (normalise its weights). This module does not repeat the "
+    "warning; read Solution.converged."
+)
+
+
+class DEQ(nn.Module):
+    """z* = f(z*), solved in the forward pass and differentiated by the method of your choice.
+
+    Arguments:
+        solver: the forward solver.
+        grad: the gradient method; or one for each state of `record` and, last, one for the solution.
+        eval_solver: the forward solver when the module is in eval mode; None for the same one.
+        record: evaluations after which to sample the forward trajectory into `Solution.states`, each state
+            with its gradient.
+        batch_dims: how many leading dimensions of the state count samples. 1: the first is the batch.
+            0: the state is one system, as for a graph or any f in which everything depends on everything.
+            2: one sample per token.
+        throw: raise a `ConvergenceError` when a sample does not converge, forward or backward, rather than
+            warn once.
+        on_backward: called with the `Solution` of the adjoint solve after each backward pass.
+
+    Derivatives follow `torch.is_grad_enabled()`, in training and in eval mode alike. Without grad mode no graph
+    is built and z is exactly the state whose residual is reported; with it z = f(that state), which is closer
+    still to the fixed point of a contraction.
+
+    Example:
+        >>> import torch, torchdeq
+        >>> _ = torch.manual_seed(0)
+        >>> layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+        >>> deq = torchdeq.DEQ(torchdeq.Anderson(tol=1e-4), torchdeq.IFT())
+        >>> z, sol = deq(lambda z: torch.tanh(0.5 * layer(z) + x), torch.zeros(4, 8))
+        >>> z.square().mean().backward()
+        >>> z.shape, bool(sol.converged.all()), layer.weight.grad.shape
+        (torch.Size([4, 8]), True, torch.Size([8, 8]))
+    """
+
+    def __init__(
+        self,
+        solver: Solver = Anderson(),  # noqa: B008 - frozen
+        grad: GradMethod | Sequence[GradMethod] = IFT(),  # noqa: B008 - frozen
+        *,
+        eval_solver: Solver | None = None,
+        record: Sequence[int] = (),
+        batch_dims: int = 1,
+        throw: bool = False,
+        on_backward: OnBackward | None = None,
+    ):
+        super().__init__()
+        for name, value in (("solver", solver), ("eval_solver", eval_solver or solver)):
+            if not isinstance(value, Solver):
+                raise TypeError(
+                    f"DEQ({name}={value!r}): expected a Solver such as Anderson(tol=1e-4); as_solver makes one "
+                    f"from a name."
+                )
+        methods = [grad] if isinstance(grad, GradMethod) else list(grad)
+        if not all(isinstance(method, GradMethod) for method in methods):
+            raise TypeError(
+                f"DEQ(grad={grad!r}): expected a GradMethod such as IFT() or a sequence of them; as_grad makes "
+                f"one from a name or a number of phantom steps."
+            )
+        if len(methods) not in (1, len(record) + 1):
+            raise ValueError(
+                f"DEQ(grad={grad!r}, record={list(record)}): expected one gradient method, or one for each of "
+                f"the {len(record)} recorded states and one for the solution, got {len(methods)}."
+            )
+        if batch_dims not in (0, 1, 2):
+            raise ValueError(f"DEQ(batch_dims={batch_dims!r}): expected 0, 1 or 2.")
+        self.solver = solver
+        self.grad = grad
+        self.eval_solver = eval_solver
+        self.record = tuple(record)
+        self.batch_dims = batch_dims
+        self.throw = throw
+        self.on_backward = on_backward
+        self._methods = methods * (len(record) + 1) if len(methods) == 1 else methods
+        self._forward_report = Reporter(FORWARD_REMEDY, throw=throw)
+        self._backward_report = Reporter(ADJOINT_REMEDY, throw=throw)
+
+    def forward(
+        self, f: Callable[[Tree], Tree], z0: Tree, **overrides: Any
+    ) -> tuple[Tree, Solution]:
+        """Solve z = f(z) from z0.
+
+        Arguments:
+            f: maps a state to a state of the same structure, shapes and dtypes. A module, a function, a
+                closure over the input.
+            z0: the start: a tensor (B, …), or a tuple, list, dict or any other pytree of such tensors. It is
+                not changed and gets no gradient, as a fixed point does not depend on where a solver began.
+            **overrides: hyperparameters of the forward solver for this call, such as max_iter or tol.
+
+        Returns:
+            z in the structure of z0, and the `Solution` of the forward solve.
+        """
+        solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
+        states, solution = solve_and_attach(
+            f,
+            z0,
+            solver.replace(**overrides),
+            self._methods,
+            record=self.record,
+            batch_dims=self.batch_dims,
+            on_backward=self._backward,
+        )
+        self._forward_report(solution)
+        return states[-1], dataclasses.replace(solution, states=states[:-1])
+
+    def _backward(self, solution: Solution) -> None:
+        if self.on_backward is not None:
+            self.on_backward(solution)
+        self._backward_report(solution)
+
+    def __repr__(self) -> str:
+        options = [
+            f"{name}={getattr(self, name)!r}"
+            for name, default in (
+                ("eval_solver", None), ("record", ()), ("batch_dims", 1), ("throw", False), ("on_backward", None)
+            )
+            if getattr(self, name) != default
+        ]
+        return f"DEQ({', '.join([repr(self.solver), repr(self.grad), *options])})"
+
+
+def solve_and_attach(
+    f: Callable[[Tree], Tree],
+    z0: Tree,
+    solver: Solver,
+    methods: Sequence[GradMethod],
+    *,
+    record: Sequence[int] = (),
+    batch_dims: int = 1,
+    on_backward: OnBackward | None = None,
+) -> tuple[list[Tree], Solution]:
+    """Solve z = f(z) and give every sampled state its derivative.
+
+    Arguments:
+        f, z0, batch_dims, on_backward: see `DEQ`.
+        solver: the forward solver.
+        methods: one gradient method per entry of `record` and, last, one for the solution.
+        record: evaluations to sample.
+
+    Returns:
+        The states in the structure of z0, the final one last, and the `Solution` without states.
+    """
+    layout = layout_of(z0, batch_dims)
+    flat, start = FlatMap(f, layout), layout.ravel(z0, source="z0")
+    if torch.is_grad_enabled():
+        last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
+        states: list[Tensor] = []
+        for method, z in zip(methods[:-1], solution.states, strict=True):
+            states += method.attach(flat, z, on_backward=on_backward)
+        states += last
+    else:
+        solution = solver.run(flat, start, record=record)
+        states = [*solution.states, solution.z]
+    bare = dataclasses.replace(solution, states=[])
+    return [layout.unravel(z) for z in states], unravel_solution(bare, layout)

@@ -1,0 +1,97 @@
+"""The adjoint system (I − Jᵀ) u = g, solved as the fixed point u = Jᵀ u + g.
+
+Tolerances are relative: each sample's cotangent is scaled to unit norm before the solve and back after it, so
+that a gradient does not depend on the scale of the loss, nor one sample's accuracy on another's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from torchdeq._state import Map, per_sample
+from torchdeq.solution import Solution
+from torchdeq.solver.base import AffineMap, Solver
+
+
+def solve_adjoint(vjp: Map, g: Tensor, solver: Solver) -> tuple[Tensor, Solution]:
+    """Solve u = Jᵀ u + g.
+
+    A Krylov space per sample is right only where f treats samples separately. Where a solve ends short of
+    its tolerance and a probe shows that f couples samples, the system is solved again with the whole batch
+    as one sample.
+
+    Arguments:
+        vjp: u -> Jᵀ u, (B, D) -> (B, D).
+        g: the cotangent, (B, D).
+        solver: any solver; its `tol` is relative to ‖g‖.
+
+    Returns:
+        u (B, D), and the `Solution`, whose residuals are ‖g − (I − Jᵀ) u‖ / ‖g‖ per sample.
+    """
+    size = _norm(g)
+    # A sample without a cotangent borrows the scale of the largest: if f couples samples its u is not zero.
+    largest = size.amax() if size.numel() else size.sum()
+    size = torch.where(size > 0, size, torch.where(largest > 0, largest, 1.0))[:, None]  # (B, 1)
+    unit = g / size
+
+    def linear(u: Tensor) -> Tensor:
+        return vjp(u * size) / size
+
+    solution = solver.run(AffineMap(linear, unit))
+    if g.shape[0] > 1 and not bool(solution.converged.all()) and couples_samples(linear, unit):
+        solution, u = _solve_together(vjp, g, solver, spent=solution.nfe + 2)
+        return u, solution
+    return solution.z * size, solution
+
+
+def couples_samples(linear: Map, u: Tensor) -> bool:
+    """Whether the linear map mixes samples: whether it fails to commute with scaling each sample by itself.
+
+    Scaling by powers of two is exact in floating point, so only rounding inside the map can blur the answer.
+    Two products with the map.
+    """
+    exponents = torch.arange(u.shape[0], device=u.device) % 13 - 6
+    scale = torch.exp2(exponents.to(u.dtype))[:, None]
+    image = linear(u)
+    apart = per_sample(linear(u * scale) / scale - image)
+    level = math.sqrt(torch.finfo(u.dtype).eps) * (per_sample(image) + per_sample(u))
+    return bool((apart > level).any())
+
+
+def _solve_together(vjp: Map, g: Tensor, solver: Solver, spent: int) -> tuple[Solution, Tensor]:
+    """The system with the batch as one sample; residuals relative to the norm of the whole g."""
+    shape, count = g.shape, g.shape[0]
+    flat = g.reshape(1, -1)
+    size = _norm(flat)
+    size = torch.where(size > 0, size, 1.0)[:, None]
+
+    def linear(u: Tensor) -> Tensor:
+        return vjp(u.reshape(shape)).reshape(1, -1)
+
+    solution = solver.run(AffineMap(linear, flat / size))
+    u = (solution.z * size).reshape(shape)
+    for_all = dataclasses.replace(
+        solution,
+        z=u,
+        abs_residual=solution.abs_residual.expand(count),
+        rel_residual=solution.rel_residual.expand(count),
+        status=solution.status.expand(count),
+        nstep=solution.nstep.expand(count),
+        nfe=solution.nfe + spent,
+        abs_trace=solution.abs_trace.expand(-1, count),
+        rel_trace=solution.rel_trace.expand(-1, count),
+    )
+    return for_all, u
+
+
+def _norm(g: Tensor) -> Tensor:
+    """Norm per sample, (B,), that neither underflows nor overflows where g itself does not."""
+    if g.shape[1] == 0:
+        return g.new_zeros(g.shape[0])
+    largest = g.abs().amax(dim=1)
+    safe = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return largest * per_sample(g / safe[:, None])

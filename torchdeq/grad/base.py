@@ -1,0 +1,76 @@
+"""What a gradient method is: it gives a solved state its derivative."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from torchdeq._state import Map
+from torchdeq.solution import Solution
+from torchdeq.solver.base import Solver
+
+OnBackward = Callable[[Solution], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradMethod:
+    """A way to differentiate z* = f(z*). Its fields are its choices; it prints as the call that made it.
+
+    A method supplies `attach`. One that must own the forward loop overrides `__call__`.
+    """
+
+    def attach(self, f: Map, z: Tensor, *, on_backward: OnBackward | None = None) -> list[Tensor]:
+        """States that carry the derivative, made from the solved state z.
+
+        Parameters and inputs are reached through a tracked call of f and never listed.
+
+        Arguments:
+            f: the map, (B, D) -> (B, D).
+            z: the solved state, (B, D), detached.
+            on_backward: called with the `Solution` of the adjoint solve, once per backward pass, by the
+                methods that solve one.
+
+        Returns:
+            The sampled states, (B, D) each, the last of them the method's final one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attach")
+
+    def __call__(
+        self,
+        f: Map,
+        z0: Tensor,
+        solver: Solver,
+        *,
+        record: Sequence[int] = (),
+        on_backward: OnBackward | None = None,
+    ) -> tuple[list[Tensor], Solution]:
+        """Solve from z0 (B, D) without a graph, then `attach`.
+
+        Returns:
+            What `attach` returns, and the `Solution` of the forward solve on the flat state.
+        """
+        with torch.no_grad():
+            solution = solver.run(f, z0, record=record)
+        return self.attach(f, solution.z, on_backward=on_backward), solution
+
+    def replace(self, **options: Any) -> Self:
+        """The same method with some fields changed."""
+        return dataclasses.replace(self, **options)
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise a ValueError that shows this method's call, unless `condition` holds."""
+        if not condition:
+            raise ValueError(f"{self!r}: {message}.")
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"

@@ -1,0 +1,159 @@
+"""`backward_factory`: the gradient methods behind torchdeq 0.1.0's contract. Translation only."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchdeq._state import FlatMap, Tree, layout_of
+from torchdeq.grad.base import GradMethod
+from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
+from torchdeq.grad.phantom import PhantomGrad
+from torchdeq.grad.registry import as_grad
+from torchdeq.solution import Reporter, Solution
+from torchdeq.solver.base import Solver
+from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.registry import as_solver
+from torchdeq.solver.stat import SolverStat
+
+Writer = Callable[[SolverStat], Any]
+_PARAMETERS = ("grad_type", "hook_ift", "b_solver", "b_solver_kwargs", "sup_gap", "sup_loc", "tau")
+
+
+@dataclass(frozen=True)
+class GradFunctor:
+    """What `backward_factory` returns: a gradient method in 0.1.0's call form. Pickles, compares, prints.
+
+    Arguments:
+        method: the gradient method.
+    """
+
+    method: GradMethod
+    reporter: Reporter = field(default_factory=lambda: Reporter(ADJOINT_REMEDY), compare=False, repr=False)
+
+    def __call__(
+        self,
+        trainer: Any,
+        func: Callable[[Tree], Tree],
+        z_pred: Tree,
+        writer: Writer | None = None,
+        **kwargs: Any,
+    ) -> list[Tree]:
+        """States with gradients, made from the solved state `z_pred`.
+
+        Arguments:
+            trainer: ignored; nothing is kept on it. May be None.
+            func: f in z = f(z).
+            z_pred: the solved state, a tensor (B, …) or a pytree of such. Not changed.
+            writer: called with a `SolverStat` of the adjoint solve, once per backward pass.
+            **kwargs: ignored, as 0.1.0 did, with a warning.
+
+        Returns:
+            The sampled states, the final one last and once.
+        """
+        if kwargs:
+            warnings.warn(f"{self!r} ignores the keywords {sorted(kwargs)}.", UserWarning, stacklevel=2)
+        layout = layout_of(z_pred)
+        states = self.method.attach(
+            FlatMap(func, layout),
+            layout.ravel(z_pred, source="z_pred"),
+            on_backward=BackwardReport(self.reporter, writer),
+        )
+        return [layout.unravel(z) for z in states]
+
+    def __repr__(self) -> str:
+        method = self.method
+        if isinstance(method, IFT):
+            hook = "hook_ift=True, " if method.hook else ""
+            return f"backward_factory('ift', {hook}b_solver={method.solver!r})"
+        if isinstance(method, PhantomGrad):
+            rest = [
+                f"{name}={getattr(method, name)!r}"
+                for name in ("sup_gap", "sup_loc", "tau")
+                if getattr(method, name) != PhantomGrad.__dataclass_fields__[name].default
+            ]
+            return f"backward_factory({', '.join([str(method.steps), *rest])})"
+        return f"backward_factory({method!r})"
+
+
+@dataclass(frozen=True)
+class BackwardReport:
+    """Hands an adjoint `Solution` to the convergence report and, as a `SolverStat`, to a 0.1.0-style writer."""
+
+    reporter: Reporter
+    writer: Writer | None = None
+
+    def __call__(self, solution: Solution) -> None:
+        if self.writer is not None:
+            self.writer(SolverStat.from_solution(solution))
+        self.reporter(solution)
+
+
+def backward_factory(
+    grad_type: str | int | GradMethod = "ift",
+    hook_ift: bool = False,
+    b_solver: str | Solver | Callable[..., Any] | None = None,
+    b_solver_kwargs: Mapping[str, Any] = {},  # noqa: B006 - the contract's signature; never mutated
+    sup_gap: int = -1,
+    sup_loc: Sequence[int] | None = None,
+    tau: float = 1.0,
+    **grad_factory_kwargs: Any,
+) -> GradFunctor:
+    """A gradient functor for z = f(z): implicit differentiation, or a phantom gradient.
+
+    Arguments:
+        grad_type: 'ift' for implicit differentiation; an integer k ≥ 1 for a phantom gradient of k steps
+            (k = 1 is the one-step gradient, JFB); or a `GradMethod`.
+        hook_ift: solve the adjoint on the graph of the forward's last call of f, in a tensor hook: one
+            graph in all. False rebuilds f once in the backward, in an autograd Function.
+        b_solver: the adjoint solver: a registered name, a `Solver`, a function of 0.1.0's form, or None for
+            `GMRES(tol=1e-5)`.
+        b_solver_kwargs: hyperparameters for it, such as max_iter, tol (relative to the cotangent), stop_mode.
+        sup_gap: for a phantom gradient, also return the states after every `sup_gap`-th step.
+        sup_loc: for a phantom gradient, also return the states after these steps.
+        tau: damping of the phantom gradient.
+        **grad_factory_kwargs: ignored, with a warning.
+
+    Returns:
+        A functor `(trainer, func, z_pred, writer=None) -> list of states`; see `GradFunctor`.
+
+    Raises:
+        ValueError: an unknown `grad_type` or solver, or a value out of range.
+        TypeError: an option that the solver does not have.
+
+    Example:
+        >>> import torch
+        >>> a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        >>> f = lambda z: a * z + 1
+        >>> z_star = torch.full((1, 1), 2.0, dtype=torch.float64)
+        >>> z, = backward_factory('ift', b_solver='anderson')(None, f, z_star)
+        >>> z.sum().backward()
+        >>> round(a.grad.item(), 6)
+        4.0
+        >>> backward_factory(5, tau=0.5, sup_loc=[2])
+        backward_factory(5, sup_loc=(2,), tau=0.5)
+    """
+    if grad_factory_kwargs:
+        names = sorted(grad_factory_kwargs)
+        near = [n for name in names for n in difflib.get_close_matches(name, _PARAMETERS, n=1)]
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        warnings.warn(f"backward_factory ignores the keywords {names}.{hint}", UserWarning, stacklevel=2)
+    if grad_type == "ift":
+        solver = GMRES(tol=1e-5).replace(**b_solver_kwargs) if b_solver is None else as_solver(b_solver, **b_solver_kwargs)
+        if sup_gap != -1 or sup_loc:
+            warnings.warn(
+                "backward_factory('ift') returns one state: sup_gap and sup_loc sample the steps of a phantom "
+                "gradient and change nothing here.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return GradFunctor(IFT(solver=solver, hook=hook_ift))
+    if isinstance(grad_type, GradMethod):
+        return GradFunctor(grad_type)
+    if isinstance(grad_type, int):
+        sup = {"sup_gap": sup_gap, "sup_loc": tuple(sup_loc or ())}
+        return GradFunctor(PhantomGrad(steps=grad_type, tau=tau, **sup))
+    return GradFunctor(as_grad(grad_type))

@@ -1,0 +1,45 @@
+"""Solvers of z = f(z), as objects and in torchdeq 0.1.0's call form.
+
+`SOLVERS` lists what is registered. A solver is a frozen dataclass: its fields are its hyperparameters, calling
+it solves. See `torchdeq.solver.base` for the loop they share.
+"""
+
+from torchdeq.solver.affine import AffineSolver
+from torchdeq.solver.anderson import Anderson
+from torchdeq.solver.base import AffineMap, Solver
+from torchdeq.solver.broyden import Broyden
+from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
+from torchdeq.solver.functional import (
+    SolverFunction,
+    anderson_solver,
+    broyden_solver,
+    fixed_point_iter,
+    get_solver,
+    simple_fixed_point_iter,
+)
+from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.registry import SOLVERS, FunctionSolver, as_solver, register_solver
+from torchdeq.solver.stat import SolverStat, solver_stat_from_final_step
+
+__all__ = [
+    "SOLVERS",
+    "AffineMap",
+    "AffineSolver",
+    "Anderson",
+    "Broyden",
+    "FixedPointIteration",
+    "FunctionSolver",
+    "GMRES",
+    "SimpleFixedPointIteration",
+    "Solver",
+    "SolverFunction",
+    "SolverStat",
+    "anderson_solver",
+    "as_solver",
+    "broyden_solver",
+    "fixed_point_iter",
+    "get_solver",
+    "register_solver",
+    "simple_fixed_point_iter",
+    "solver_stat_from_final_step",
+]

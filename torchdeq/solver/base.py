@@ -1,0 +1,347 @@
+"""The one loop that every fixed-point solver runs in.
+
+A solver proposes; the loop disposes. It alone evaluates f, counts, measures residuals per sample, keeps
+the best iterate, freezes samples that are done, sets aside samples whose f is not finite, and stops.
+A solver supplies only `init` and `step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from torchdeq._autocast import AutocastState
+from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
+from torchdeq.solution import Solution, Status
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """f(u) = linear(u) + shift, a map that is known to be affine.
+
+    Krylov solvers need to know; and every solver gets f(0) = shift without an evaluation.
+
+    Arguments:
+        linear: the linear part, shape-preserving.
+        shift: the constant part, in the shape of the state.
+
+    Example:
+        >>> f = AffineMap(lambda u: 0.5 * u, torch.ones(1, 2))
+        >>> f(torch.ones(1, 2))
+        tensor([[1.5000, 1.5000]])
+    """
+
+    linear: Callable[[Any], Any]
+    shift: Any
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return self.linear(u) + self.shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """A method for z = f(z). Its fields are its hyperparameters; it prints as the call that made it.
+
+    Calling a solver runs it: `Anderson(tol=1e-6)(f, z0)` returns a `Solution`. The call builds no
+    autograd graph; for derivatives use `torchdeq.DEQ`.
+
+    Arguments:
+        max_iter: the largest number of evaluations of f, at least 1, counted alike for every solver. One
+            more is made if the samples' best iterates come from different evaluations of a solve that
+            did not converge: it measures them together, because an f that couples samples would make
+            such a mixture worthless (in that case the best single iterate is returned).
+        tol: a sample has converged when its residual is at most `tol`. 0 asks for all evaluations.
+        stop_mode: the residual is ‖f(z) − z‖ for 'abs', ‖f(z) − z‖ / ‖f(z)‖ for 'rel'. Euclidean norms
+            over everything that belongs to one sample.
+        return_final: make all `max_iter` evaluations and return the last iterate rather than the best.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+    """
+
+    max_iter: int = 50
+    tol: float = 1e-3
+    stop_mode: Literal["abs", "rel"] = "abs"
+    return_final: bool = False
+
+    #: Whether residuals are measured at every evaluation (and the solve can stop early).
+    monitors: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.require(
+            isinstance(self.max_iter, int) and self.max_iter >= 1,
+            f"max_iter counts evaluations of f and must be an integer of at least 1, got {self.max_iter!r}",
+        )
+        self.require(
+            isinstance(self.tol, int | float) and self.tol >= 0,
+            f"tol must be a number of at least 0, got {self.tol!r}",
+        )
+        self.require(
+            self.stop_mode in ("abs", "rel"),
+            f"stop_mode must be 'abs' or 'rel', got {self.stop_mode!r}",
+        )
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise a ValueError that shows this solver's call, unless `condition` holds."""
+        if not condition:
+            raise ValueError(f"{self!r}: {message}.")
+
+    def replace(self, **options: Any) -> Self:
+        """The same solver with some hyperparameters changed.
+
+        Raises:
+            TypeError: there is no such hyperparameter; the nearest one is named.
+        """
+        known = [f.name for f in dataclasses.fields(self) if f.init]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}.{hint} Its options are "
+                    f"{', '.join(known)}."
+                )
+        return dataclasses.replace(self, **options) if options else self
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    # What a method supplies ---------------------------------------------------------------------------
+
+    def init(self, z: Tensor) -> Any:
+        """The state in which `step` keeps what it must remember; z has shape (B, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must define init and step, or run")
+
+    def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next iterate (B, D) and state, from the iterate z and its image fz. No host reads."""
+        raise NotImplementedError(f"{type(self).__name__} must define init and step, or run")
+
+    # What the loop does -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        f: Callable[[Tree], Tree] | AffineMap,
+        z0: Tree,
+        *,
+        record: Sequence[int] = (),
+        batch_dims: int = 1,
+    ) -> Solution:
+        """Solve z = f(z) from z0.
+
+        Arguments:
+            f: a map from the state to the state, or an `AffineMap`.
+            z0: where to start: a tensor or a pytree of tensors; its first `batch_dims` dimensions count
+                samples.
+            record: evaluations k ≥ 1, increasing, after which the best state so far is kept in
+                `Solution.states`. A solve that ends earlier gives its final state for the rest.
+            batch_dims: see `torchdeq.DEQ`.
+
+        Returns:
+            A `Solution` with z in the structure of z0.
+        """
+        layout = layout_of(z0, batch_dims)
+        start = layout.ravel(z0, source="z0")
+        return unravel_solution(self.run(flatten_map(f, layout), start, record=record), layout)
+
+    def run(self, f: Map, z0: Tensor | None = None, *, record: Sequence[int] = ()) -> Solution:
+        """The loop, on a flat state (B, D).
+
+        `z0=None` is for an `AffineMap` and starts at f(0), which is known without an evaluation.
+        """
+        record = checked_record(record, self.max_iter)
+        amp = AutocastState.capture((start_of(f) if z0 is None else z0).device)
+        tally = Tally(f, amp)
+        with amp.off():
+            return self._loop(tally, z0, record)
+
+    def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
+        z = start_of(f.f) if z0 is None else z0
+        tiny = torch.finfo(z.dtype).tiny
+        count = z.shape[0]
+        worst = z.new_full((count,), math.inf)
+        best = Iterate(z, worst, worst)  # per sample, over all evaluations
+        single, single_total = best, worst.new_tensor(math.inf)  # one evaluation for all samples
+        failed = torch.zeros(count, dtype=torch.bool, device=z.device)
+        active = ~failed
+        nstep = torch.zeros(count, dtype=torch.int64, device=z.device)
+        traces: list[tuple[Tensor, Tensor]] = []
+        states: dict[int, Tensor] = {}
+        state = self.init(z)
+        fz = z
+
+        for k in range(1, self.max_iter + 1):
+            fz = f(z)
+            if not self.monitors and k < self.max_iter:
+                if k in record:
+                    states[k] = z
+                z, state = self.step(f, z, fz, state)
+                continue
+
+            size = per_sample(fz - z)  # (B,)
+            now = Iterate(z, size, size / per_sample(fz).clamp_min(tiny))
+            measure = now.measure(self.stop_mode)
+            finite = measure.isfinite()
+            now = now.where_finite(finite)
+            failed = failed | ~finite
+            best = now.where(finite & (measure < best.measure(self.stop_mode)), best)
+            if count > 1:
+                total = measure.nan_to_num(nan=math.inf).max()
+                single = now.where((total < single_total).expand(count), single)
+                single_total = torch.minimum(single_total, total)
+            traces.append((now.abs, now.rel))
+            nstep = nstep.masked_fill(active, k)
+            if k in record:
+                states[k] = best.z
+
+            # Recomputed, not accumulated: if f couples samples, a sample that had converged can rise
+            # above tol again as its neighbours move, and then it takes part again.
+            converged = (measure <= self.tol) & ~failed
+            active = ~failed if self.return_final else ~(converged | failed)
+            if not bool(active.any()):
+                break
+            if k < self.max_iter:
+                z_next, state = self.step(f, z, fz, state)
+                rest = torch.where(failed[:, None], best.z, z)
+                z = torch.where(active[:, None], z_next, rest)
+
+        if self.return_final:
+            final = best.where(failed, now)
+        else:
+            current = converged | (now.measure(self.stop_mode) <= best.measure(self.stop_mode))
+            final = now.where(current, best)
+            if count > 1 and not bool(current.all()):
+                final = self._measured_together(f, final, single)
+        return self._solution(final, failed, nstep, f.calls, traces, [states.get(r) for r in record])
+
+    def _measured_together(self, f: Map, mixed: Iterate, single: Iterate) -> Iterate:
+        """`mixed` if its residuals hold when f sees those states at once, otherwise `single`."""
+        fz = f(mixed.z)
+        size = per_sample(fz - mixed.z)
+        now = Iterate(mixed.z, size, size / per_sample(fz).clamp_min(torch.finfo(fz.dtype).tiny))
+        now = now.where_finite(now.measure(self.stop_mode).isfinite())
+        claimed = mixed.measure(self.stop_mode)
+        # At the level of rounding the residual is noise; 1.5 tells noise from coupling.
+        noise = 64 * torch.finfo(fz.dtype).eps * (per_sample(fz) if self.stop_mode == "abs" else 1.0)
+        holds = (now.measure(self.stop_mode) <= 1.5 * claimed + noise) | claimed.isinf()
+        return now if bool(holds.all()) else single
+
+    def _solution(
+        self,
+        final: Iterate,
+        failed: Tensor,
+        nstep: Tensor,
+        nfe: int,
+        traces: list[tuple[Tensor, Tensor]],
+        states: list[Tensor | None],
+    ) -> Solution:
+        met = (final.measure(self.stop_mode) <= self.tol) & ~failed
+        status = torch.full_like(nstep, Status.MAX_ITER)
+        status = status.masked_fill(met, Status.CONVERGED).masked_fill(failed, Status.NON_FINITE)
+        return Solution(
+            z=final.z,
+            abs_residual=final.abs,
+            rel_residual=final.rel,
+            stop_mode=self.stop_mode,
+            tol=self.tol,
+            status=status,
+            nstep=nstep,
+            nfe=nfe,
+            abs_trace=torch.stack([a for a, _ in traces]),
+            rel_trace=torch.stack([r for _, r in traces]),
+            states=[final.z if s is None else s for s in states],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Iterate:
+    """An evaluated state z (B, D) with its absolute and relative residual, each (B,)."""
+
+    z: Tensor
+    abs: Tensor
+    rel: Tensor
+
+    def measure(self, stop_mode: str) -> Tensor:
+        return self.rel if stop_mode == "rel" else self.abs
+
+    def where(self, mask: Tensor, other: Iterate) -> Iterate:
+        """Per sample: this one where `mask` (B,), else `other`."""
+        return Iterate(
+            torch.where(mask[:, None], self.z, other.z),
+            torch.where(mask, self.abs, other.abs),
+            torch.where(mask, self.rel, other.rel),
+        )
+
+    def where_finite(self, finite: Tensor) -> Iterate:
+        return Iterate(
+            self.z,
+            self.abs.masked_fill(~finite, math.inf),
+            self.rel.masked_fill(~finite, math.inf),
+        )
+
+
+class Tally:
+    """f with its calls counted, evaluated under the caller's autocast state."""
+
+    def __init__(self, f: Map, amp: AutocastState):
+        self.f = f
+        self.amp = amp
+        self.calls = 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        if not self.amp.enabled:
+            return self.f(z)
+        with self.amp.on():
+            return self.f(z)
+
+
+def start_of(f: Map) -> Tensor:
+    """f(0) of an affine map, free of charge."""
+    if not isinstance(f, AffineMap):
+        raise TypeError(f"a solve without z0 needs an AffineMap, whose f(0) is known; got {f!r}.")
+    shift: Tensor = f.shift
+    return shift
+
+
+def flatten_map(f: Callable[[Tree], Tree] | AffineMap, layout: Layout) -> Map:
+    """f on pytrees as a map (B, D) -> (B, D); an affine map stays one."""
+    if isinstance(f, AffineMap):
+        return AffineMap(FlatMap(f.linear, layout), layout.ravel(f.shift, source="AffineMap.shift"))
+    if not callable(f):
+        raise TypeError(f"f must be a callable that maps the state to the state, got {f!r}.")
+    return FlatMap(f, layout)
+
+
+def unravel_solution(solution: Solution, layout: Layout) -> Solution:
+    """The solution with z and states in the structure of the layout."""
+    return dataclasses.replace(
+        solution,
+        z=layout.unravel(solution.z),
+        states=[layout.unravel(s) for s in solution.states],
+    )
+
+
+def checked_record(record: Sequence[int], max_iter: int) -> tuple[int, ...]:
+    """`record` as a tuple of increasing evaluation counts within 1 … max_iter."""
+    steps = tuple(int(r) for r in record)
+    if any(b <= a for a, b in zip(steps, steps[1:], strict=False)) or any(
+        not 1 <= s <= max_iter for s in steps
+    ):
+        raise ValueError(
+            f"the evaluations to sample must increase and lie within 1 … max_iter={max_iter}, got "
+            f"{list(steps)}."
+        )
+    return steps

@@ -1,0 +1,154 @@
+"""The names of solvers, and how a name, an object or a 0.1.0-style function becomes a `Solver`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdeq._state import per_sample
+from torchdeq.solution import Solution
+from torchdeq.solver.anderson import Anderson
+from torchdeq.solver.base import Iterate, Solver, Tally, start_of
+from torchdeq.solver.broyden import Broyden
+from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
+from torchdeq.solver.gmres import GMRES
+
+#: Registered solvers by name. Tests, the command line and the benchmarks read this table.
+SOLVERS: dict[str, type[Solver] | Callable[..., Any]] = {
+    "anderson": Anderson,
+    "broyden": Broyden,
+    "fixed_point_iter": FixedPointIteration,
+    "simple_fixed_point_iter": SimpleFixedPointIteration,
+    "gmres": GMRES,
+}
+
+#: Hyperparameters under their 0.1.0 names.
+_OLD_NAMES = {"LBFGS_thres": "m"}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FunctionSolver(Solver):
+    """A solver given as a function of torchdeq 0.1.0's form.
+
+    The function is called as `function(f, x0, max_iter=…, tol=…, stop_mode=…, indexing=…, **options)` and
+    returns `(z, sampled states, info)`. What it returns is measured here with one more evaluation of f, so
+    that the residual that is reported is that of the state that is returned.
+
+    Arguments:
+        function: the solver function.
+        options: further keywords for it.
+
+    Example:
+        >>> import torch
+        >>> def halve(f, x0, max_iter=50, tol=1e-3, stop_mode='abs', indexing=None, **kwargs):
+        ...     for _ in range(max_iter):
+        ...         x0 = f(x0)
+        ...     return x0, [], {}
+        >>> sol = FunctionSolver(function=halve, max_iter=20)(lambda z: z / 2, torch.ones(1, 1))
+        >>> sol.converged, sol.nfe
+        (tensor([True]), 21)
+    """
+
+    function: Callable[..., Any] = field(kw_only=True)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def replace(self, **options: Any) -> FunctionSolver:
+        """As `Solver.replace`; a keyword that is no field is passed on to the function."""
+        own = {k: v for k, v in options.items() if k in self.__dataclass_fields__}
+        other = {k: v for k, v in options.items() if k not in own}
+        return super().replace(**own, options={**self.options, **other} if other else self.options)
+
+    def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
+        z = start_of(f.f) if z0 is None else z0
+        z, sampled, _ = self.function(
+            f,
+            z,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            stop_mode=self.stop_mode,
+            indexing=list(record) or None,
+            **self.options,
+        )
+        fz = f(z)
+        if fz.shape != z.shape or sampled is None:
+            raise ValueError(
+                f"{self.function!r} must return (z, sampled states, info) with z of the shape of x0, got "
+                f"z of shape {tuple(z.shape)}."
+            )
+        size = per_sample(fz - z)
+        final = Iterate(z, size, size / per_sample(fz).clamp_min(torch.finfo(fz.dtype).tiny))
+        failed = ~size.isfinite()
+        states = [*sampled[: len(record)], *[None] * (len(record) - len(sampled))]
+        nstep = torch.full((z.shape[0],), f.calls, dtype=torch.int64, device=z.device)
+        return self._solution(final, failed, nstep, f.calls, [(final.abs, final.rel)], states)
+
+
+def register_solver(solver_type: str, solver: type[Solver] | Solver | Callable[..., Any]) -> None:
+    """Make a solver known under a name, to `as_solver`, `get_solver`, `b_solver`, `f_solver` and the command line.
+
+    Arguments:
+        solver_type: the name.
+        solver: a `Solver` class, a `Solver` object, or a function of torchdeq 0.1.0's form (see
+            `FunctionSolver`).
+
+    Example:
+        >>> register_solver('damped', FixedPointIteration(tau=0.5))
+        >>> as_solver('damped', max_iter=10)
+        FixedPointIteration(max_iter=10, tau=0.5)
+        >>> _ = SOLVERS.pop('damped')
+    """
+    if not callable(solver):
+        raise TypeError(f"a solver must be a Solver or a function of torchdeq 0.1.0's form, got {solver!r}.")
+    SOLVERS[solver_type] = solver
+
+
+def look_up(name: str) -> Any:
+    """The entry of the registry called `name`.
+
+    Raises:
+        ValueError: there is none; the nearest name is given.
+    """
+    if name not in SOLVERS:
+        near = difflib.get_close_matches(name, SOLVERS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"there is no solver called {name!r}.{hint} Registered are {', '.join(SOLVERS)}; "
+            f"register_solver adds to them."
+        )
+    return SOLVERS[name]
+
+
+def as_solver(solver: str | Solver | type[Solver] | Callable[..., Any], **options: Any) -> Solver:
+    """A `Solver` from a registered name, an object, a class, or a function of 0.1.0's form.
+
+    Arguments:
+        solver: what to make a solver of.
+        **options: hyperparameters to set, under their own or their 0.1.0 names.
+
+    Raises:
+        ValueError: the name is not registered, or a value is out of range.
+        TypeError: there is no such hyperparameter. The nearest is named.
+
+    Example:
+        >>> as_solver('broyden', LBFGS_thres=10, tol=1e-6)
+        Broyden(tol=1e-06, m=10)
+    """
+    found = look_up(solver) if isinstance(solver, str) else solver
+    options = {_OLD_NAMES.get(name, name): value for name, value in options.items()}
+    form = getattr(found, "solver_class", None)  # one of the 0.1.0 functions of this library
+    if form is not None:
+        found = form
+    if isinstance(found, type) and issubclass(found, Solver):
+        found = found()
+    if isinstance(found, Solver):
+        return found.replace(**options)
+    if not callable(found):
+        raise TypeError(
+            f"expected the name of a solver, a Solver or a solver function, got {solver!r}."
+        )
+    return FunctionSolver(function=found).replace(**options)
