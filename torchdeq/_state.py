@@ -145,9 +145,7 @@ def layout_of(z0: Tree, batch_dims: int = 1) -> Layout:
         spec=spec,
         shapes=tuple(leaf.shape for leaf in leaves),
         dtypes=tuple(leaf.dtype for leaf in leaves),
-        sizes=tuple(
-            math.prod(leaf.shape[depth:]) * (2 if leaf.is_complex() else 1) for leaf in leaves
-        ),
+        sizes=tuple(math.prod(leaf.shape[depth:]) * (2 if leaf.is_complex() else 1) for leaf in leaves),
         batch=batch,
         dtype=dtype,
     )
@@ -217,6 +215,10 @@ def _alike(got: Any, want: Any) -> bool:
         return bool(got == want)
     sequences = (list, tuple)
     same = got.type == want.type or (got.type in sequences and want.type in sequences)
-    if not same or got.num_children != want.num_children or (got.type not in sequences and got.entries() != want.entries()):
+    if (
+        not same
+        or got.num_children != want.num_children
+        or (got.type not in sequences and got.entries() != want.entries())
+    ):
         return False
     return all(_alike(a, b) for a, b in zip(got.children(), want.children(), strict=True))

@@ -96,9 +96,7 @@ class DEQ(nn.Module):
         self._forward_report = Reporter(FORWARD_REMEDY, throw=throw)
         self._backward_report = Reporter(ADJOINT_REMEDY, throw=throw)
 
-    def forward(
-        self, f: Callable[[Tree], Tree], z0: Tree, **overrides: Any
-    ) -> tuple[Tree, Solution]:
+    def forward(self, f: Callable[[Tree], Tree], z0: Tree, **overrides: Any) -> tuple[Tree, Solution]:
         """Solve z = f(z) from z0.
 
         Arguments:
@@ -133,7 +131,11 @@ class DEQ(nn.Module):
         options = [
             f"{name}={getattr(self, name)!r}"
             for name, default in (
-                ("eval_solver", None), ("record", ()), ("batch_dims", 1), ("throw", False), ("on_backward", None)
+                ("eval_solver", None),
+                ("record", ()),
+                ("batch_dims", 1),
+                ("throw", False),
+                ("on_backward", None),
             )
             if getattr(self, name) != default
         ]

@@ -15,7 +15,6 @@ from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.registry import as_grad
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import Solver
-from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.registry import as_solver
 from torchdeq.solver.stat import SolverStat
 
@@ -96,7 +95,7 @@ def backward_factory(
     grad_type: str | int | GradMethod = "ift",
     hook_ift: bool = False,
     b_solver: str | Solver | Callable[..., Any] | None = None,
-    b_solver_kwargs: Mapping[str, Any] = {},  # noqa: B006 - the contract's signature; never mutated
+    b_solver_kwargs: Mapping[str, Any] = {},
     sup_gap: int = -1,
     sup_loc: Sequence[int] | None = None,
     tau: float = 1.0,
@@ -142,7 +141,7 @@ def backward_factory(
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
         warnings.warn(f"backward_factory ignores the keywords {names}.{hint}", UserWarning, stacklevel=2)
     if grad_type == "ift":
-        solver = GMRES(tol=1e-5).replace(**b_solver_kwargs) if b_solver is None else as_solver(b_solver, **b_solver_kwargs)
+        solver = as_solver(IFT().solver if b_solver is None else b_solver, **b_solver_kwargs)
         if sup_gap != -1 or sup_loc:
             warnings.warn(
                 "backward_factory('ift') returns one state: sup_gap and sup_loc sample the steps of a phantom "
@@ -154,6 +153,6 @@ def backward_factory(
     if isinstance(grad_type, GradMethod):
         return GradFunctor(grad_type)
     if isinstance(grad_type, int):
-        sup = {"sup_gap": sup_gap, "sup_loc": tuple(sup_loc or ())}
-        return GradFunctor(PhantomGrad(steps=grad_type, tau=tau, **sup))
+        loc = tuple(sup_loc or ())
+        return GradFunctor(PhantomGrad(steps=grad_type, tau=tau, sup_gap=sup_gap, sup_loc=loc))
     return GradFunctor(as_grad(grad_type))

@@ -52,7 +52,7 @@ class IFT(GradMethod):
         4.0
     """
 
-    solver: Solver = GMRES(tol=1e-5)
+    solver: Solver = GMRES(tol=1e-5)  # noqa: RUF009 - frozen
     hook: bool = False
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from torchdeq.solver.registry import SOLVERS, FunctionSolver, as_solver, registe
 from torchdeq.solver.stat import SolverStat, solver_stat_from_final_step
 
 __all__ = [
+    "GMRES",
     "SOLVERS",
     "AffineMap",
     "AffineSolver",
@@ -29,7 +30,6 @@ __all__ = [
     "Broyden",
     "FixedPointIteration",
     "FunctionSolver",
-    "GMRES",
     "SimpleFixedPointIteration",
     "Solver",
     "SolverFunction",

@@ -4,7 +4,7 @@ With residuals r_k = f(z_k) − z_k and the last m differences ΔR = [Δr_1 … 
 
     γ = argmin ‖r_k − ΔR γ‖² ,      z_{k+1} = z_k + τ r_k − (ΔZ + τ ΔR) γ.
 
-Sources: Anderson (1965); Walker and Ni (2011), doi 10.1137/10078356X, section 2 for the difference form. Departures: the
+Sources: Anderson (1965); Walker and Ni (2011), doi 10.1137/10078356X, for the difference form. Departures: the
 columns of ΔR are scaled to unit norm before the normal equations are formed and a small multiple `lam` of
 the identity is added to the scaled Gram matrix, so that the regularisation is relative and the iterates do
 not change when f is rescaled; coefficients are per sample.
@@ -46,6 +46,7 @@ class Anderson(Solver):
 
     Example:
         >>> import torch
+        >>> from torchdeq import FixedPointIteration
         >>> f = lambda z: torch.cos(z + torch.tensor([0.0, 0.2, 0.4]))
         >>> z0 = torch.zeros(1, 3, dtype=torch.float64)
         >>> Anderson(tol=1e-8)(f, z0).nfe < FixedPointIteration(tol=1e-8)(f, z0).nfe

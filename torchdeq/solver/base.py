@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,7 @@ class Solver:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}.{hint} Its options are "
-                    f"{', '.join(known)}."
+                    f"{type(self).__name__} has no option {name!r}.{hint} Its options are {', '.join(known)}."
                 )
         return dataclasses.replace(self, **options) if options else self
 
@@ -337,9 +337,7 @@ def unravel_solution(solution: Solution, layout: Layout) -> Solution:
 def checked_record(record: Sequence[int], max_iter: int) -> tuple[int, ...]:
     """`record` as a tuple of increasing evaluation counts within 1 … max_iter."""
     steps = tuple(int(r) for r in record)
-    if any(b <= a for a, b in zip(steps, steps[1:], strict=False)) or any(
-        not 1 <= s <= max_iter for s in steps
-    ):
+    if any(b <= a for a, b in itertools.pairwise(steps)) or any(not 1 <= s <= max_iter for s in steps):
         raise ValueError(
             f"the evaluations to sample must increase and lie within 1 … max_iter={max_iter}, got "
             f"{list(steps)}."

@@ -4,9 +4,9 @@
     H⁺ = H + (s − H y) vᵀ / (vᵀ y),   v = Hᵀ s,   H₀ = −I  (so that the first step is Picard's).
 
 Sources: Broyden (1965); the product form in Kelley, Iterative Methods for Linear and Nonlinear Equations
-(1995), chapter 7; in deep equilibrium models Bai, Kolter and Koltun (2019), arXiv 1909.01377, section 3.1.3. Departures: at the memory
-limit the memory is emptied rather than overwritten (a term of the sum depends on those before it, so no
-single one may be replaced); the line search backtracks per sample without evaluations of its own.
+(1995), chapter 7; in deep equilibrium models Bai, Kolter and Koltun (2019), arXiv 1909.01377. Departures: at the
+memory limit the memory is emptied rather than overwritten (a term of the sum depends on those before it, so
+no single one may be replaced); the line search backtracks per sample without evaluations of its own.
 """
 
 from __future__ import annotations

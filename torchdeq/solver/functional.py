@@ -55,13 +55,21 @@ def anderson_solver(
         The best state; the sampled states; a `SolverStat`.
 
     Example:
+        >>> import torch
         >>> z, states, info = anderson_solver(torch.cos, torch.zeros(1, 1), indexing=[2, 4])
         >>> len(states), bool(info['abs_lowest'] < 1e-3)
         (2, True)
     """
     solver = as_solver(
-        Anderson(), max_iter=max_iter, tol=tol, stop_mode=stop_mode, m=m, lam=lam, tau=tau,
-        return_final=return_final, **kwargs,
+        Anderson(),
+        max_iter=max_iter,
+        tol=tol,
+        stop_mode=stop_mode,
+        m=m,
+        lam=lam,
+        tau=tau,
+        return_final=return_final,
+        **kwargs,
     )
     return _run(solver, func, x0, indexing)
 
@@ -73,7 +81,7 @@ def broyden_solver(
     tol: float = 1e-3,
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
-    LBFGS_thres: int | None = None,  # noqa: N803 - 0.1.0's name
+    LBFGS_thres: int | None = None,
     ls: bool = False,
     return_final: bool = False,
     **kwargs: Any,
@@ -90,13 +98,20 @@ def broyden_solver(
         The best state; the sampled states; a `SolverStat`.
 
     Example:
+        >>> import torch
         >>> z, _, info = broyden_solver(torch.cos, torch.zeros(2, 1), tol=1e-5)
         >>> bool((info['abs_lowest'] < 1e-5).all())
         True
     """
     solver = as_solver(
-        Broyden(), max_iter=max_iter, tol=tol, stop_mode=stop_mode, m=LBFGS_thres, ls=ls,
-        return_final=return_final, **kwargs,
+        Broyden(),
+        max_iter=max_iter,
+        tol=tol,
+        stop_mode=stop_mode,
+        m=LBFGS_thres,
+        ls=ls,
+        return_final=return_final,
+        **kwargs,
     )
     return _run(solver, func, x0, indexing)
 
@@ -123,13 +138,19 @@ def fixed_point_iter(
         The best state; the sampled states; a `SolverStat`.
 
     Example:
+        >>> import torch
         >>> z, _, info = fixed_point_iter(torch.cos, torch.zeros(()))
         >>> z.shape, info['abs_lowest'].shape
         (torch.Size([]), torch.Size([1]))
     """
     solver = as_solver(
-        FixedPointIteration(), max_iter=max_iter, tol=tol, stop_mode=stop_mode, tau=tau,
-        return_final=return_final, **kwargs,
+        FixedPointIteration(),
+        max_iter=max_iter,
+        tol=tol,
+        stop_mode=stop_mode,
+        tau=tau,
+        return_final=return_final,
+        **kwargs,
     )
     return _run(solver, func, x0, indexing)
 
@@ -157,6 +178,7 @@ def simple_fixed_point_iter(
         The last state; the sampled states; a `SolverStat`.
 
     Example:
+        >>> import torch
         >>> z, states, _ = simple_fixed_point_iter(lambda z: z / 2, torch.ones(1, 1), max_iter=3, indexing=[1])
         >>> z, states
         (tensor([[0.1250]]), [tensor([[0.5000]])])
@@ -186,6 +208,7 @@ class SolverFunction:
     """A registered solver in 0.1.0's call form; what `get_solver` gives for names that 0.1.0 did not have.
 
     Example:
+        >>> import torch
         >>> z, _, info = SolverFunction('fixed_point_iter')(torch.cos, torch.zeros(1, 1), tol=1e-4)
         >>> bool(info['converged'])
         True

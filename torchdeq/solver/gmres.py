@@ -2,9 +2,9 @@
 
     A V_j = V_{j+1} H_j,   A = I − L;   y = argmin ‖β e₁ − H_j y‖;   u = u₀ + V_j y.
 
-Source: Saad and Schultz (1986), doi 10.1137/0907058. H is reduced to triangular form as it grows by one Givens rotation per
-step, kept as an accumulated orthogonal matrix, so that a step costs a fixed number of operations. Departures:
-one Krylov space per sample, all in one batch; orthogonalised twice, against loss of orthogonality.
+Source: Saad and Schultz (1986), doi 10.1137/0907058. H is reduced to triangular form as it grows, by one Givens
+rotation per step, kept as an accumulated orthogonal matrix, so that a step costs a fixed number of operations.
+Departures: one Krylov space per sample, all in one batch; orthogonalised twice, against loss of orthogonality.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class GMRES(AffineSolver):
 
     Example:
         >>> import torch
+        >>> from torchdeq import AffineMap
         >>> a = torch.diag(torch.tensor([0.9, -0.9, 0.5], dtype=torch.float64))
         >>> f = AffineMap(lambda u: u @ a.T, torch.ones(1, 3, dtype=torch.float64))
         >>> sol = GMRES(tol=1e-10)(f, torch.zeros(1, 3, dtype=torch.float64))
@@ -104,7 +105,7 @@ def _normalised(w: Tensor, size: Tensor) -> Tensor:
 def _with_room(state: GMRESState) -> GMRESState:
     """The state with room for one more column; capacity doubles, so memory follows use."""
     basis, r, rotation, beta, j, probe = state
-    batch, capacity, size = basis.shape
+    batch, capacity, _ = basis.shape
     if j + 2 <= capacity:
         return state
     basis = torch.cat([basis, torch.zeros_like(basis)], dim=1)

@@ -148,7 +148,5 @@ def as_solver(solver: str | Solver | type[Solver] | Callable[..., Any], **option
     if isinstance(found, Solver):
         return found.replace(**options)
     if not callable(found):
-        raise TypeError(
-            f"expected the name of a solver, a Solver or a solver function, got {solver!r}."
-        )
+        raise TypeError(f"expected the name of a solver, a Solver or a solver function, got {solver!r}.")
     return FunctionSolver(function=found).replace(**options)

@@ -1,0 +1,413 @@
+"""torchdeq 0.1.0's entry points: `get_deq` and the classes behind it. Translation only.
+
+The options, their order and their defaults come from the table in `torchdeq.utils.options`; the work is done by
+`torchdeq.deq.solve_and_attach`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import optree
+import torch
+from torch import nn
+
+from torchdeq._state import Tree
+from torchdeq.deq import FORWARD_REMEDY, solve_and_attach
+from torchdeq.diagnostics.spectral import spectral_radius
+from torchdeq.dropout import reset_dropout
+from torchdeq.grad.base import GradMethod
+from torchdeq.grad.factory import BackwardReport, Writer
+from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
+from torchdeq.grad.phantom import PhantomGrad
+from torchdeq.solution import Reporter, Solution
+from torchdeq.solver.base import Solver, checked_record
+from torchdeq.solver.registry import as_solver
+from torchdeq.solver.stat import SolverStat
+from torchdeq.utils.config import DEQConfig
+from torchdeq.utils.options import NAMES, OPTIONS, check_keywords, warn_near_misses
+
+__all__ = ["DEQBase", "DEQIndexing", "DEQSliced", "get_deq", "register_deq", "reset_deq"]
+
+States = list[Any]
+
+
+def _signature(*groups: str) -> inspect.Signature:
+    """The signature of a DEQ class that takes `args`, the options of these groups, and others as keywords."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = [o for group in groups for o in OPTIONS if o.where == group]
+    return inspect.Signature(
+        [
+            inspect.Parameter("self", kind),
+            inspect.Parameter("args", kind, default=None),
+            *(inspect.Parameter(o.name, kind, default=o.in_signature) for o in named),
+            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+        ]
+    )
+
+
+class DEQBase(nn.Module):
+    """What the cores of torchdeq 0.1.0 share: their options, and the solve in eval mode.
+
+    Derive from it to define another computational graph; `register_deq` then makes it known to `get_deq`.
+
+    Arguments:
+        args: options in an argparse.Namespace, a mapping, or any object with attributes. It is copied, and
+            may hold keys of other programs.
+        **kwargs: the options by name. One that is given here wins over `args`.
+
+    Raises:
+        TypeError: an option that does not exist was given by name; the nearest is named.
+        ValueError: a value is out of range.
+
+    The options and their defaults are those of `add_deq_args`. Attributes such as `f_max_iter`, `f_tol` and
+    `eval_f_max_iter` may be changed at any time. Derivatives follow `torch.is_grad_enabled()`, in eval mode too.
+
+    Example:
+        >>> deq = get_deq(f_solver='anderson', f_tol=1e-5, ift=True)
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> states, info = deq(lambda z: torch.tanh(0.4 * layer(z)), torch.ones(2, 4))
+        >>> len(states), info['abs_lowest'].shape
+        (1, torch.Size([2]))
+    """
+
+    #: The signature of `__init__`, made from the table of options at the end of this file.
+    accepts: ClassVar[inspect.Signature]
+
+    def _configure(self, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        super().__init__()
+        given = dict(self.accepts.bind(self, *positional, **keywords).arguments)
+        del given["self"]
+        given |= given.pop("kwargs", {})
+        config = DEQConfig(given.pop("args", None)).config
+        name = type(self).__name__
+        check_keywords(given, NAMES, name)
+        warn_near_misses(config, NAMES)
+        values = {o.name: o.in_signature for o in OPTIONS}
+        values |= {k: v for k, v in config.items() if k in values}
+        values |= given
+        self.args = DEQConfig({**config, **given})
+
+        self.f_solver, self.b_solver = values["f_solver"], values["b_solver"]
+        for prefix in ("f", "b"):  # a Solver object keeps its own settings unless others are given
+            solver = as_solver(values[f"{prefix}_solver"])
+            for option in ("max_iter", "tol", "stop_mode"):
+                key = f"{prefix}_{option}"
+                own = isinstance(values[f"{prefix}_solver"], Solver) and key not in given
+                setattr(self, key, getattr(solver, option) if own else values[key])
+        self.f_max_iter: int = int(self.f_max_iter)
+        self.b_max_iter: int = int(self.b_max_iter)
+        self.no_stat = values["no_stat"]
+        if self.no_stat and self.f_solver not in ("fixed_point_iter", "simple_fixed_point_iter"):
+            raise ValueError(
+                f"{name}(no_stat=True, f_solver={self.f_solver!r}): only Picard iteration can do without "
+                f"residuals. Use f_solver='fixed_point_iter', or leave no_stat out."
+            )
+        eval_max_iter, factor = values["eval_f_max_iter"], values["eval_factor"]
+        self.eval_f_max_iter = eval_max_iter if eval_max_iter > 0 else max(1, int(self.f_max_iter * factor))
+        self._forward_report = Reporter(FORWARD_REMEDY)
+        self._backward_report = Reporter(ADJOINT_REMEDY)
+        self._options(values)
+        self._solver(self.f_max_iter, {})  # so that a wrong value raises here, not at the first call
+
+    def _options(self, values: Mapping[str, Any]) -> None:
+        """Read what a subclass adds."""
+
+    def _solver(self, max_iter: int, solver_kwargs: Mapping[str, Any]) -> Solver:
+        """The forward solver with these settings."""
+        solver: Any = self.f_solver
+        if self.no_stat and solver == "fixed_point_iter":
+            solver = "simple_fixed_point_iter"
+        base = {"max_iter": int(max_iter), "tol": self.f_tol, "stop_mode": self.f_stop_mode}
+        return as_solver(solver, **{**base, **solver_kwargs})
+
+    def _ift(self, hook: bool) -> IFT:
+        solver = as_solver(
+            self.b_solver, max_iter=self.b_max_iter, tol=self.b_tol, stop_mode=self.b_stop_mode
+        )
+        return IFT(solver=solver, hook=hook)
+
+    def train_states(
+        self, f: StateMap, z0: Tree, f_max_iter: int, solver_kwargs: Mapping[str, Any], report: Any
+    ) -> tuple[list[Tree], Solution]:
+        """The states of a training step, the final one last, and the `Solution` of the last solve."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define train_states (or forward): DEQBase only holds what the cores "
+            f"share. Use get_deq() for a ready-made module."
+        )
+
+    def last_method(self) -> GradMethod:
+        """The gradient method of the final state."""
+        return self._ift(hook=False)
+
+    def forward(
+        self,
+        func: Callable[..., Any],
+        z_init: Tree,
+        solver_kwargs: Mapping[str, Any] | None = None,
+        sradius_mode: bool = False,
+        backward_writer: Writer | None = None,
+        **kwargs: Any,
+    ) -> tuple[States, SolverStat]:
+        """Solve z = f(z).
+
+        Arguments:
+            func: f. A tuple or list state is passed as so many arguments, any other state as one.
+            z_init: the start: a tensor (B, …), or a tuple, list, dict or other pytree of such.
+            solver_kwargs: settings of the forward solver for this call: f_max_iter, tol, m, …
+            sradius_mode: in eval mode, add the spectral radius of the Jacobian, (B,), as info['sradius'].
+            backward_writer: called with a `SolverStat` of the adjoint solve, once per backward pass.
+            **kwargs: `writer`, another name of `backward_writer`.
+
+        Returns:
+            The states, each a tensor, or a list of tensors for a tuple or list state: in training mode all
+            sampled ones, the final and best last; in eval mode that one. And the statistics of the forward
+            solve.
+        """
+        check_keywords(kwargs, ("writer",), f"{type(self).__name__}.forward")
+        if "writer" in kwargs and backward_writer is not None:
+            raise TypeError("writer and backward_writer are two names of one argument; give one of them.")
+        report = BackwardReport(self._backward_report, kwargs.get("writer", backward_writer))
+        options = dict(solver_kwargs or {})
+        max_iter = options.pop("f_max_iter", self.f_max_iter if self.training else self.eval_f_max_iter)
+        unpacked = isinstance(z_init, tuple | list)
+        f = _Unpacked(func) if unpacked else func
+        if self.training:
+            states, solution = self.train_states(f, z_init, int(max_iter), options, report)
+        else:
+            solver = self._solver(max_iter, options)
+            states, solution = solve_and_attach(f, z_init, solver, [self.last_method()], on_backward=report)
+        self._forward_report(solution)
+        info = SolverStat.from_solution(solution)
+        if not self.training:
+            info["sradius"] = spectral_radius(f, solution.z) if sradius_mode else torch.zeros(1)
+        return [list(z) if unpacked else z for z in states], info
+
+
+StateMap = Callable[[Tree], Tree]
+
+
+@dataclass(frozen=True)
+class _Unpacked:
+    """f(z₁, z₂, …) as a map of one argument, the tuple of them."""
+
+    func: Callable[..., Any]
+
+    def __call__(self, z: Sequence[Any]) -> Any:
+        return self.func(*z)
+
+
+class _Sampling(DEQBase):
+    """The options that `DEQIndexing` and `DEQSliced` share."""
+
+    def _options(self, values: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        grad = values["grad"]
+        self.grad = [grad] if isinstance(grad, int) else list(grad)
+        self.tau, self.sup_gap = values["tau"], values["sup_gap"]
+        self.sup_loc = tuple(values["sup_loc"] or ())
+        self.ift = bool(values["ift"] or values["hook_ift"])
+        self.hook_ift = bool(values["hook_ift"])
+        self.n_states = values["n_states"]
+        self.indexing = tuple(values["indexing"] or ())
+        if not isinstance(self.n_states, int) or self.n_states < 1:
+            raise ValueError(f"{name}(n_states={self.n_states!r}): expected an integer of at least 1.")
+        count = len(self.sampled_at(self.f_max_iter))
+        if len(self.grad) not in (1, count):
+            raise ValueError(
+                f"{name}(grad={self.grad}): expected one number of phantom steps, or one for each of the "
+                f"{count} sampled states, got {len(self.grad)}."
+            )
+        if self.sup_loc and max(self.sup_loc) > max(self.grad):
+            raise ValueError(
+                f"{name}(sup_loc={list(self.sup_loc)}, grad={self.grad}): step {max(self.sup_loc)} is beyond the "
+                f"last step of the phantom gradient."
+            )
+        self.methods(count)
+
+    def sampled_at(self, f_max_iter: int) -> tuple[int, ...]:
+        """The evaluations whose states are sampled, the last of them `f_max_iter`."""
+        name, n = type(self).__name__, self.n_states
+        if n > 1:
+            if n > f_max_iter:
+                raise ValueError(
+                    f"{name}(n_states={n}): cannot sample {n} states from f_max_iter={f_max_iter} evaluations."
+                )
+            gap = f_max_iter // n
+            return tuple(f_max_iter - gap * k for k in reversed(range(n)))
+        inner = checked_record(self.indexing, f_max_iter)
+        return inner if inner and inner[-1] == f_max_iter else (*inner, f_max_iter)
+
+    def methods(self, count: int) -> list[GradMethod]:
+        """One gradient method per sampled state."""
+        steps = self.grad * count if len(self.grad) == 1 else self.grad
+        methods: list[GradMethod] = [
+            PhantomGrad(
+                steps=k,
+                tau=self.tau,
+                sup_gap=self.sup_gap,
+                sup_loc=tuple(at for at in self.sup_loc if at <= k),
+            )
+            for k in steps[:count]
+        ]
+        if self.ift:
+            methods[-1] = self._ift(self.hook_ift)
+        return methods
+
+    def last_method(self) -> GradMethod:
+        """In eval mode under grad: the last method, without further samples."""
+        method = self.methods(len(self.grad))[-1]
+        return PhantomGrad(steps=method.steps, tau=method.tau) if isinstance(method, PhantomGrad) else method
+
+
+class DEQIndexing(_Sampling):
+    """Samples one forward solve at several evaluations and gives each sample its gradient.
+
+    Arguments: see `DEQBase`.
+
+    The state sampled at evaluation k is the best one up to k. There are always as many states as asked for: a
+    solve that converges early gives its solution for the rest. The last state is the solution, and `ift=True`
+    differentiates it implicitly.
+
+    Example:
+        >>> deq = DEQIndexing(n_states=3, f_max_iter=30)
+        >>> states, info = deq(lambda z: torch.cos(z), torch.zeros(2, 1))
+        >>> len(states)
+        3
+    """
+
+    def train_states(
+        self, f: StateMap, z0: Tree, f_max_iter: int, solver_kwargs: Mapping[str, Any], report: Any
+    ) -> tuple[list[Tree], Solution]:
+        """See `DEQBase.train_states`."""
+        at = self.sampled_at(f_max_iter)
+        return solve_and_attach(
+            f, z0, self._solver(f_max_iter, solver_kwargs), self.methods(len(at)), record=at[:-1],
+            on_backward=report,
+        )  # fmt: skip
+
+
+class DEQSliced(_Sampling):
+    """Solves in slices: a part of the evaluations, a gradient, and on from its output.
+
+    Arguments: see `DEQBase`.
+
+    Each slice returns the output of its gradient method; `ift=True` differentiates the last one implicitly.
+
+    Example:
+        >>> deq = DEQSliced(indexing=[10, 20], f_max_iter=30)
+        >>> states, info = deq(lambda z: torch.cos(z), torch.zeros(2, 1))
+        >>> len(states)
+        3
+    """
+
+    def train_states(
+        self, f: StateMap, z0: Tree, f_max_iter: int, solver_kwargs: Mapping[str, Any], report: Any
+    ) -> tuple[list[Tree], Solution]:
+        """See `DEQBase.train_states`."""
+        at = self.sampled_at(f_max_iter)
+        states: list[Tree] = []
+        z = z0
+        for method, start, end in zip(self.methods(len(at)), (0, *at), at, strict=False):
+            solver = self._solver(end - start, solver_kwargs)
+            found, solution = solve_and_attach(f, z, solver, [method], on_backward=report)
+            states += found
+            z = _detached(found[-1])
+        return states, solution
+
+
+def _detached(state: Tree) -> Tree:
+    return optree.tree_map(lambda t: t.detach(), state)
+
+
+#: Cores by name, as `get_deq(core=…)` and `--core` know them.
+CORES: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSliced}
+
+
+def register_deq(deq_type: str, core: type[nn.Module]) -> None:
+    """Make a DEQ class known to `get_deq` under a name.
+
+    Arguments:
+        deq_type: the name, for `core=…`.
+        core: a class that is built as `core(args)`, where args is a `DEQConfig`.
+
+    Example:
+        >>> register_deq('mine', DEQIndexing)
+        >>> type(get_deq(core='mine')).__name__
+        'DEQIndexing'
+        >>> _ = CORES.pop('mine')
+    """
+    CORES[deq_type] = core
+
+
+def get_deq(args: Any = None, **kwargs: Any) -> Any:
+    """A DEQ module from a configuration, as in torchdeq 0.1.0.
+
+    Arguments:
+        args: options in an argparse.Namespace, a mapping, a `DEQConfig` or any object with attributes. It is
+            copied, never changed, and may hold keys of other programs.
+        **kwargs: options by name; they win over `args`.
+
+    Returns:
+        An instance of the class registered as option `core`: 'sliced' (the default) or 'indexing'. See
+        `DEQBase` for how it is called.
+
+    Raises:
+        TypeError: an option that does not exist was given by name; the nearest is named.
+        ValueError: the core is not registered, or a value is out of range.
+
+    Example:
+        >>> get_deq(f_solver='broyden', ift=True).b_max_iter
+        40
+        >>> get_deq(f_slover='broyden')
+        Traceback (most recent call last):
+            ...
+        TypeError: get_deq has no option 'f_slover'. Did you mean 'f_solver'...
+    """
+    config = DEQConfig(args)
+    core = kwargs.get("core", config.get("core", "sliced"))
+    if core not in CORES:
+        near = difflib.get_close_matches(str(core), CORES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"there is no DEQ core {core!r}.{hint} Registered are {', '.join(CORES)}; register_deq adds to them."
+        )
+    if issubclass(CORES[core], DEQBase):
+        check_keywords(kwargs, NAMES, "get_deq")
+        return CORES[core](config, **kwargs)
+    config.update(**kwargs)
+    return CORES[core](config)
+
+
+def reset_deq(model: nn.Module) -> None:
+    """Begin a new solve: forget the masks of variational dropout. Call it before each training step.
+
+    Example:
+        >>> from torchdeq.dropout import VariationalDropout
+        >>> model = VariationalDropout(0.5)
+        >>> _ = model(torch.ones(2, 3))
+        >>> reset_deq(model)
+        >>> model.mask is None
+        True
+    """
+    reset_dropout(model)
+
+
+def _give_signature(cls: type[DEQBase], *groups: str) -> None:
+    """Give a DEQ class the signature that 0.1.0's has, from the table of options."""
+    cls.accepts = _signature(*groups)
+
+    def __init__(self: DEQBase, *positional: Any, **keywords: Any) -> None:  # noqa: N807
+        self._configure(positional, keywords)
+
+    __init__.__signature__ = cls.accepts  # type: ignore[attr-defined]
+    cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+
+
+_give_signature(DEQBase, "base")
+_give_signature(DEQIndexing, "core")
+_give_signature(DEQSliced, "core")
