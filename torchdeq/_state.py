@@ -214,11 +214,8 @@ def _alike(got: Any, want: Any) -> bool:
     if got.is_leaf() or want.is_leaf():
         return bool(got == want)
     sequences = (list, tuple)
-    same = got.type == want.type or (got.type in sequences and want.type in sequences)
-    if (
-        not same
-        or got.num_children != want.num_children
-        or (got.type not in sequences and got.entries() != want.entries())
-    ):
-        return False
-    return all(_alike(a, b) for a, b in zip(got.children(), want.children(), strict=True))
+    if got.type in sequences and want.type in sequences:
+        same = got.num_children == want.num_children
+    else:
+        same = got.type == want.type and got.entries() == want.entries()
+    return same and all(_alike(a, b) for a, b in zip(got.children(), want.children(), strict=True))

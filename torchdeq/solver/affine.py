@@ -83,10 +83,12 @@ class AffineSolver(Solver):
             traces.append((size, size / norm_b))
             active = active & (estimate > limit)
 
-        u = u0 + self.correction(state, steps) if len(traces) > 1 else u0
-        size = per_sample(b + linear(u) - u)
-        final = Iterate(u, size, size / norm_b).where_finite(size.isfinite())
-        final = final.where(final.abs <= first.abs, first)  # never worse than where it began
+        final = first.where_finite(~failed)
+        if len(traces) > 1:
+            u = u0 + self.correction(state, steps)
+            size = per_sample(b + linear(u) - u)
+            final = Iterate(u, size, size / norm_b).where_finite(size.isfinite())
+            final = final.where(final.abs <= first.abs, first)  # never worse than where it began
         return self._solution(final, failed, steps, linear.calls, traces, [])
 
 

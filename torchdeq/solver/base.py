@@ -220,7 +220,7 @@ class Solver:
         if self.return_final:
             final = best.where(failed, now)
         else:
-            current = converged | (now.measure(self.stop_mode) <= best.measure(self.stop_mode))
+            current = converged | (finite & (measure <= best.measure(self.stop_mode)))
             final = now.where(current, best)
             if count > 1 and not bool(current.all()):
                 final = self._measured_together(f, final, single)

@@ -73,7 +73,8 @@ class GMRES(AffineSolver):
         h = h + again
         # What is left below rounding of A v_j is no new direction: the space is exhausted, the sample solved.
         rest = per_sample(w)
-        rest = torch.where(rest > 10 * torch.finfo(w.dtype).eps * size, rest, 0.0)
+        goes_on = (rest > 10 * torch.finfo(w.dtype).eps * size) & rest.isfinite()
+        rest = torch.where(goes_on, rest, 0.0)
         column = torch.cat([h, rest[:, None]], dim=1)  # (B, j + 2)
         column = torch.einsum("bmn,bn->bm", rotation[:, : j + 2, : j + 2], column)
         a, b = column[:, j], column[:, j + 1]
@@ -87,7 +88,7 @@ class GMRES(AffineSolver):
         r[:, j, j] = length
         probe = _normalised(w, rest)
         basis[:, j + 1] = probe
-        estimate = beta * rotation[:, j + 1, 0].abs()
+        estimate = torch.where(size.isfinite(), beta * rotation[:, j + 1, 0].abs(), torch.nan)
         return GMRESState(basis, r, rotation, beta, j + 1, probe), estimate
 
     def correction(self, state: GMRESState, steps: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class GMRES(AffineSolver):
 
 
 def _normalised(w: Tensor, size: Tensor) -> Tensor:
-    return w * torch.where(size > 0, 1 / size, 0.0)[:, None]
+    return torch.where((size > 0)[:, None], w / size[:, None], 0.0)
 
 
 def _with_room(state: GMRESState) -> GMRESState:

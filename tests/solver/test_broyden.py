@@ -1,0 +1,70 @@
+"""Broyden's method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.problems import F64, TanhMap, random_matrix, solve_exactly
+from torchdeq import Broyden
+
+
+@pytest.mark.parametrize("n", [4, 12, 24])
+def test_a_linear_problem_ends_within_2n_steps(n):
+    """Gay (1979): Broyden's method on n linear equations ends in at most 2n steps."""
+    a = random_matrix(n, 0.9)
+    f = lambda z: z @ a.T + 1  # noqa: E731
+    solution = Broyden(tol=1e-9, max_iter=4 * n)(f, torch.zeros(1, n, dtype=F64))
+    assert solution.converged.all()
+    assert solution.nfe <= 2 * n + 1
+
+
+@pytest.mark.parametrize("m", [1, 3, 10])
+def test_limited_memory_restarts_and_still_converges(m):
+    """0.1.0 overwrites one term of a product when the buffer wraps, and diverges (residual 3e53)."""
+    f = TanhMap.make(gain=1.1)
+    solution = Broyden(m=m, tol=1e-10, max_iter=200)(f, f.z0)
+    assert solution.converged.all()
+    assert (solution.z - solve_exactly(f, f.z0)).norm() < 1e-7
+
+
+def test_no_divergence_once_converged_under_a_small_memory():
+    f = TanhMap.make(gain=0.9)
+    solution = Broyden(m=10, tol=0.0, max_iter=200)(f, f.z0)
+    assert solution.trace[60:].max() < 1e-10
+    assert solution.residual.max() < 1e-13
+
+
+def test_memory_grows_as_it_is_used():
+    f = TanhMap.make(n=8, batch=2, gain=0.5)
+    solver = Broyden(max_iter=10_000)
+    state, z = solver.init(f.z0), f.z0
+    held = []
+    for _ in range(7):
+        z, state = solver.step(f, z, f(z).detach(), state)
+        held.append(state.us.shape[1])
+    assert held == [0, 4, 4, 4, 4, 8, 8]
+
+
+def test_the_line_search_helps_where_full_steps_overshoot():
+    """A steep arctangent, scaled: the secant steps jump across the root; with backtracking the residual falls."""
+    f = lambda z: z - 2 * torch.atan(4 * (z - 1))  # noqa: E731
+    z0 = torch.tensor([[4.0], [-3.0], [1.5]], dtype=F64)
+    searched = Broyden(ls=True, tol=1e-10, max_iter=100)(f, z0)
+    assert searched.converged.all()
+    assert torch.allclose(searched.z, torch.ones_like(z0), atol=1e-9)
+
+
+def test_trials_of_the_line_search_are_counted_evaluations():
+    calls = []
+    f = lambda z: calls.append(1) or z - 2 * torch.atan(4 * (z - 1))  # noqa: E731
+    solution = Broyden(ls=True, tol=0.0, max_iter=9)(f, torch.tensor([[4.0]], dtype=F64))
+    assert len(calls) == solution.nfe == 9
+
+
+def test_a_single_sample_stops_at_the_tolerance_asked_for():
+    """0.1.0's stagnation test reduces over the batch, so that B = 1 stops at 1.3 to 3 × tol."""
+    f = TanhMap.make(batch=1, gain=1.2)
+    solution = Broyden(tol=1e-9, max_iter=200)(f, f.z0)
+    assert solution.converged.all()
+    assert solution.residual.max() <= 1e-9

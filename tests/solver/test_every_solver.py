@@ -1,0 +1,252 @@
+"""What every solver must satisfy, over the registry: a new solver is tested the moment it is registered."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+import torchdeq
+from tests.problems import F64, CoupledMap, TanhMap, random_matrix, solve_exactly
+from torchdeq import SOLVERS, AffineMap, Status, as_solver
+from torchdeq.solver import AffineSolver
+
+NAMES = list(SOLVERS)
+GENERAL = [n for n in NAMES if not isinstance(as_solver(n), AffineSolver)]
+MONITORED = [n for n in GENERAL if as_solver(n).monitors]
+AFFINE = [n for n in NAMES if isinstance(as_solver(n), AffineSolver)]
+
+
+class Counted:
+    """f with its calls counted."""
+
+    def __init__(self, f):
+        self.f, self.calls = f, 0
+
+    def __call__(self, z):
+        self.calls += 1
+        return self.f(z)
+
+
+def affine_problem(n=12, batch=3, gain=0.7):
+    a = random_matrix(n, gain)
+    b = torch.randn(batch, n, dtype=F64, generator=torch.Generator().manual_seed(3))
+    exact = torch.linalg.solve(torch.eye(n, dtype=F64) - a, b.T).T
+    return a, b, exact
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_reaches_the_fixed_point(name):
+    f = TanhMap.make(gain=0.6)
+    solution = as_solver(name, tol=1e-11, max_iter=120)(f, f.z0)
+    assert solution.converged.all()
+    # The error is at most the residual over 1 − ‖J‖; the map's ‖J‖ is below .9 here.
+    assert (solution.z - solve_exactly(f, f.z0)).norm(dim=1).max() < 1e-10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solves_an_affine_map(name):
+    a, b, exact = affine_problem()
+    solution = as_solver(name, tol=1e-11, max_iter=150)(AffineMap(lambda u: u @ a.T, b), torch.zeros_like(b))
+    assert solution.converged.all()
+    assert (solution.z - exact).norm() < 1e-9
+
+
+@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 7])
+def test_max_iter_is_the_number_of_evaluations(name, max_iter):
+    f = TanhMap.make()
+    counted = Counted(f)
+    solution = as_solver(name, tol=0.0, max_iter=max_iter)(counted, f.z0)
+    assert counted.calls == solution.nfe == len(solution.trace) + (not as_solver(name).monitors) * (max_iter - 1)
+    assert counted.calls == max_iter
+
+
+@pytest.mark.parametrize("name", AFFINE)
+@pytest.mark.parametrize("max_iter", [2, 3, 7])
+def test_max_iter_of_an_affine_solver_includes_the_true_residual(name, max_iter):
+    a, b, _ = affine_problem()
+    counted = Counted(lambda u: u @ a.T)
+    solution = as_solver(name, tol=0.0, max_iter=max_iter).run(AffineMap(counted, b))
+    assert counted.calls == solution.nfe == max_iter
+    assert solution.nstep.tolist() == [max_iter - 1] * 3
+    counted.calls = 0
+    solution = as_solver(name, tol=0.0, max_iter=1)(AffineMap(counted, b), torch.zeros_like(b))
+    assert counted.calls == solution.nfe == 1
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_stops_at_once_when_it_starts_at_the_fixed_point(name):
+    f = TanhMap.make()
+    solution = as_solver(name, tol=1e-10)(f, solve_exactly(f, f.z0))
+    assert solution.nfe == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
+def test_the_residual_reported_is_that_of_the_state_returned(name, stop_mode):
+    a, b, _ = affine_problem()
+    f = AffineMap(lambda u: u @ a.T, b)
+    solution = as_solver(name, tol=1e-4, max_iter=30, stop_mode=stop_mode)(f, torch.zeros_like(b))
+    r = (f(solution.z) - solution.z).norm(dim=1)
+    scale = b if isinstance(as_solver(name), AffineSolver) else f(solution.z)
+    assert torch.allclose(solution.abs_residual, r, rtol=1e-10, atol=1e-15)
+    assert torch.allclose(solution.rel_residual, r / scale.norm(dim=1), rtol=1e-10, atol=1e-15)
+    assert torch.equal(solution.residual, getattr(solution, f"{stop_mode}_residual"))
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_an_unconverged_solve_reports_the_residual_of_what_it_returns(name):
+    """Also where best states come from different evaluations: an expanding map, a rotation."""
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=F64)
+    for f in (lambda z: -1.5 * z + 1, lambda z: z @ turn.T + 1, TanhMap.make(n=2, batch=3, gain=3.0)):
+        z0 = torch.tensor([[1.0, 2.0], [-3.0, 0.5], [0.1, 0.1]], dtype=F64)
+        solution = as_solver(name, tol=1e-12, max_iter=9)(f, z0)
+        r = (f(solution.z) - solution.z).norm(dim=1)
+        assert torch.allclose(solution.abs_residual, r, rtol=1e-9, atol=1e-14)
+        if name in MONITORED:
+            assert (r <= (f(z0) - z0).norm(dim=1) * (1 + 1e-12)).all(), "never worse than the start"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_does_not_depend_on_its_neighbours(name):
+    w = random_matrix(16, 0.9)
+    gen = torch.Generator().manual_seed(5)
+    x = torch.randn(5, 16, dtype=F64, generator=gen) * torch.tensor([[0.01], [1.0], [3.0], [10.0], [0.3]])
+    solver = as_solver(name, tol=1e-8, max_iter=25)
+
+    def solve(index):
+        b = x[index]
+        if name in AFFINE:
+            return solver(AffineMap(lambda u: u @ w.T, b), torch.zeros_like(b))
+        return solver(lambda z: torch.tanh(z @ w.T + b), torch.zeros_like(b))
+
+    together = solve([0, 1, 2, 3, 4])
+    for index in ([2], [4, 2, 0], [3, 1]):
+        apart = solve(index)
+        assert (apart.z - together.z[index]).abs().max() < 1e-12
+        assert torch.equal(apart.nstep, together.nstep[index])
+        assert torch.equal(apart.status, together.status[index])
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_a_sample_that_is_done_is_frozen(name):
+    """Sample 0 starts at its fixed point; it stays there to the last bit while the other goes on."""
+    f = TanhMap.make(batch=2)
+    z0 = f.z0
+    z0[0] = solve_exactly(f, f.z0)[0]
+    solution = as_solver(name, tol=1e-9, max_iter=100)(f, z0)
+    assert torch.equal(solution.z[0], z0[0])
+    assert solution.nstep[0] == 1 < solution.nstep[1]
+    assert solution.converged.all()
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_a_non_finite_sample_is_flagged_and_the_others_are_not_affected(name):
+    def f(z):  # NaN where a sample comes near its fixed point 2 from below, sample 1 only
+        fz = 0.5 * z + 1
+        bad = (torch.arange(3)[:, None] == 1) & (z > 1.5)
+        return torch.where(bad, torch.nan, fz)
+
+    solver = as_solver(name, tol=1e-9, max_iter=60)
+    solution = solver(f, torch.zeros(3, 4, dtype=F64))
+    clean = solver(lambda z: 0.5 * z + 1, torch.zeros(3, 4, dtype=F64))
+    assert solution.status.tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    assert torch.equal(solution.z[[0, 2]], clean.z[[0, 2]])
+    assert solution.z.isfinite().all()
+    if name in MONITORED:  # the best state before the NaN is kept, with its residual
+        assert (solution.z[1] > 0).all()
+        assert torch.allclose(solution.abs_residual[1], (1 - 0.5 * solution.z[1]).norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_batches_and_empty_samples_come_back(name):
+    for shape in ((0, 3), (2, 0)):
+        z0 = torch.zeros(shape, dtype=F64)
+        f = AffineMap(lambda u: 0.5 * u, torch.zeros_like(z0))
+        solution = as_solver(name, max_iter=5)(f, z0)
+        assert solution.z.shape == shape
+        assert solution.residual.shape == (shape[0],)
+        assert solution.converged.all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prints_compares_and_pickles_as_the_call_that_made_it(name):
+    solver = as_solver(name, tol=0.25, max_iter=7)
+    assert repr(solver) == f"{type(solver).__name__}(max_iter=7, tol=0.25)"
+    assert eval(repr(solver), vars(torchdeq)) == solver
+    assert pickle.loads(pickle.dumps(solver)) == solver
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_options_are_errors_that_teach(name):
+    with pytest.raises(TypeError, match=r"no option 'max_itr'. Did you mean 'max_iter'"):
+        as_solver(name, max_itr=3)
+    for bad in ({"max_iter": 0}, {"max_iter": 2.5}, {"tol": -1.0}, {"stop_mode": "relative"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            as_solver(name, **bad)
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_records_as_many_states_as_asked(name):
+    f = TanhMap.make(gain=0.5)
+    full = as_solver(name, tol=1e-10, max_iter=60)(f, f.z0, record=[1, 3, 59])
+    assert len(full.states) == 3
+    assert torch.equal(full.states[0], f.z0)
+    if name in MONITORED:  # converged long before 59: the solution stands in for what was not reached
+        assert full.nfe < 59
+        assert torch.equal(full.states[2], full.z)
+    for bad in ([3, 1], [0], [61], [2, 2]):
+        with pytest.raises(ValueError, match="increase"):
+            as_solver(name, max_iter=60)(f, f.z0, record=bad)
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_return_final_makes_all_evaluations_and_returns_the_last(name):
+    f = Counted(TanhMap.make(gain=0.5))
+    solution = as_solver(name, max_iter=20, tol=0.1, return_final=True)(f, f.f.z0)
+    assert f.calls == 20
+    assert solution.converged.all()
+    assert (solution.residual <= solution.trace.min(dim=0).values * (1 + 1e-6) + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_coupled_samples_converge_on_one_iterate_or_say_that_they_did_not(name):
+    """Sample 2 starts with residual 0; where best states were mixed the answer was no fixed point at all."""
+    mix = torch.tensor([[0.5, 0.45], [0.45, 0.5]], dtype=F64)
+    f = lambda z: mix @ z + torch.tensor([[1.0], [0.0]], dtype=F64)  # noqa: E731
+    solution = as_solver(name, tol=1e-6, max_iter=400)(f, torch.zeros(2, 1, dtype=F64))
+    r = (f(solution.z) - solution.z).norm(dim=1)
+    assert torch.allclose(r, solution.abs_residual, atol=1e-14)
+    assert torch.equal(solution.converged, r <= 1e-6)
+    together = as_solver(name, tol=1e-6, max_iter=400)(f, torch.zeros(2, 1, dtype=F64), batch_dims=0)
+    assert together.converged.all()
+    assert torch.allclose(together.z, torch.tensor([[200 / 19], [180 / 19]], dtype=F64), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_best_states_of_coupled_samples_are_not_mixed(name):
+    f = CoupledMap.make(gain=1.6)
+    solution = as_solver(name, tol=1e-13, max_iter=6)(f, f.z0)
+    r = (f(solution.z) - solution.z).norm(dim=1)
+    assert torch.allclose(r, solution.abs_residual, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_tuples_and_dicts_come_back_as_they_were(name):
+    z0 = {"a": torch.zeros(3, 2, dtype=F64), "b": torch.zeros(3, 4, 2, dtype=F64)}
+    f = lambda s: {"a": 0.1 * s["b"].sum(1) + 0.2 * s["a"], "b": 0.2 * s["b"] + s["a"][:, None] * 0.1 + 1}  # noqa: E731
+    solution = as_solver(name, tol=1e-9, max_iter=100)(f, z0)
+    again = f(solution.z)
+    assert solution.z["a"].shape == (3, 2)
+    assert solution.z["b"].shape == (3, 4, 2)
+    for key in z0:
+        assert torch.allclose(again[key], solution.z[key], atol=1e-8)
+        assert torch.equal(z0[key], torch.zeros_like(z0[key])), "the start is not changed"
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_the_call_builds_no_graph(name):
+    f = TanhMap.make()
+    assert not as_solver(name, max_iter=5)(f, f.z0).z.requires_grad
