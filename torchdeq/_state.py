@@ -164,6 +164,8 @@ class FlatMap:
     """
 
     def __init__(self, f: Callable[[Tree], Tree], layout: Layout):
+        if not callable(f):
+            raise TypeError(f"f must be a callable that maps the state to the state, got {type(f).__name__}.")
         self.f = f
         self.layout = layout
 
@@ -193,14 +195,18 @@ def _real_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _to_columns(leaf: Tensor, batch: int, size: int, dtype: torch.dtype) -> Tensor:
     if leaf.is_complex():
-        leaf = torch.view_as_real(leaf.resolve_conj())
+        # Not view_as_real: its backward views the gradient, which may lie at an odd offset among other leaves.
+        leaf = torch.stack((leaf.real, leaf.imag), dim=-1)
     return leaf.reshape(batch, size).to(dtype)
 
 
 def _from_columns(columns: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
         pairs = columns.to(dtype.to_real()).reshape(*shape, 2)
-        return torch.view_as_complex(pairs if pairs.is_contiguous() else pairs.contiguous())
+        *outer, inner = pairs.stride()
+        if inner == 1 and pairs.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in outer):
+            return torch.view_as_complex(pairs)
+        return torch.complex(pairs[..., 0], pairs[..., 1])
     return columns.reshape(shape).to(dtype)
 
 

@@ -6,7 +6,6 @@ The options, their order and their defaults come from the table in `torchdeq.uti
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from torchdeq._state import Tree
+from torchdeq._suggest import did_you_mean
 from torchdeq.deq import FORWARD_REMEDY, solve_and_attach
 from torchdeq.diagnostics.spectral import spectral_radius
 from torchdeq.dropout import reset_dropout
@@ -371,10 +371,9 @@ def get_deq(args: Any = None, **kwargs: Any) -> Any:
     config = DEQConfig(args)
     core = kwargs.get("core", config.get("core", "sliced"))
     if core not in CORES:
-        near = difflib.get_close_matches(str(core), CORES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"there is no DEQ core {core!r}.{hint} Registered are {', '.join(CORES)}; register_deq adds to them."
+            f"there is no DEQ core {core!r}.{did_you_mean(core, CORES)} Registered are {', '.join(CORES)}; "
+            f"register_deq adds to them."
         )
     if issubclass(CORES[core], DEQBase):
         check_keywords(kwargs, NAMES, "get_deq")

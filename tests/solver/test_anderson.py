@@ -18,7 +18,9 @@ def test_full_memory_is_gmres_followed_by_one_application_of_the_map(steps):
     f = AffineMap(lambda u: u @ a.T, b)
     krylov = GMRES(tol=0.0, max_iter=steps + 1).run(f).z
     # GMRES starts at 0, and so does Anderson here; its (k + 1)-th iterate is evaluated as the (k + 2)-th.
-    accelerated = Anderson(m=20, lam=0.0, tol=0.0, max_iter=steps + 2, return_final=True)(f, torch.zeros_like(b))
+    accelerated = Anderson(m=20, lam=0.0, tol=0.0, max_iter=steps + 2, return_final=True)(
+        f, torch.zeros_like(b)
+    )
     assert (accelerated.z - f(krylov)).norm() / b.norm() < 1e-10
 
 

@@ -59,7 +59,9 @@ def test_max_iter_is_the_number_of_evaluations(name, max_iter):
     f = TanhMap.make()
     counted = Counted(f)
     solution = as_solver(name, tol=0.0, max_iter=max_iter)(counted, f.z0)
-    assert counted.calls == solution.nfe == len(solution.trace) + (not as_solver(name).monitors) * (max_iter - 1)
+    assert (
+        counted.calls == solution.nfe == len(solution.trace) + (not as_solver(name).monitors) * (max_iter - 1)
+    )
     assert counted.calls == max_iter
 
 

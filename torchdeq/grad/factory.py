@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchdeq._state import FlatMap, Tree, layout_of
+from torchdeq._suggest import did_you_mean
 from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.phantom import PhantomGrad
@@ -136,10 +136,9 @@ def backward_factory(
         backward_factory(5, sup_loc=(2,), tau=0.5)
     """
     if grad_factory_kwargs:
-        names = sorted(grad_factory_kwargs)
-        near = [n for name in names for n in difflib.get_close_matches(name, _PARAMETERS, n=1)]
-        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-        warnings.warn(f"backward_factory ignores the keywords {names}.{hint}", UserWarning, stacklevel=2)
+        for name in grad_factory_kwargs:
+            hint = did_you_mean(name, _PARAMETERS)
+            warnings.warn(f"backward_factory ignores the keyword {name!r}.{hint}", UserWarning, stacklevel=2)
     if grad_type == "ift":
         solver = as_solver(IFT().solver if b_solver is None else b_solver, **b_solver_kwargs)
         if sup_gap != -1 or sup_loc:

@@ -90,10 +90,16 @@ class IFT(GradMethod):
             return fz
         # The last pass through the graph leaves Jᵀu on our private z; nobody wants it.
         z.register_post_accumulate_grad_hook(_drop_grad)
+
+        def solve(g: Tensor | None) -> Tensor | None:
+            if g is None:  # an undefined gradient stands for zero
+                return None
+            return first_order_only(self._solve(z, fz, g, report), g, fz)
+
         # The hook sits on an alias that the solve does not pass through, so it is never re-entered and needs
         # no removal: every backward pass solves, each call of the module its own system.
         out = fz.view_as(fz)
-        out.register_hook(lambda g: first_order_only(self._solve(z, fz, g, report), g, fz))
+        out.register_hook(solve)
         return out
 
     def _solve(self, z: Tensor, fz: Tensor, g: Tensor, report: OnBackward) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
+from torchdeq._suggest import did_you_mean
 from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import IFT
 from torchdeq.grad.phantom import PhantomGrad
@@ -35,9 +35,7 @@ def as_grad(method: str | int | GradMethod, **options: Any) -> GradMethod:
         return PhantomGrad(steps=method, **options)
     if isinstance(method, str) and method in GRADS:
         return GRADS[method](**options)
-    near = difflib.get_close_matches(str(method), GRADS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"there is no gradient method {method!r}.{hint} Give one of {', '.join(map(repr, GRADS))}, an integer "
-        f"k ≥ 1 for a phantom gradient of k steps, or a GradMethod."
+        f"there is no gradient method {method!r}.{did_you_mean(method, GRADS)} Give one of "
+        f"{', '.join(map(repr, GRADS))}, an integer k ≥ 1 for a phantom gradient of k steps, or a GradMethod."
     )

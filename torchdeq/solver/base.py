@@ -8,7 +8,6 @@ A solver supplies only `init` and `step`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from torchdeq._autocast import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
+from torchdeq._suggest import did_you_mean
 from torchdeq.solution import Solution, Status
 
 
@@ -103,10 +103,9 @@ class Solver:
         known = [f.name for f in dataclasses.fields(self) if f.init]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}.{hint} Its options are {', '.join(known)}."
+                    f"{type(self).__name__} has no option {name!r}.{did_you_mean(name, known)} "
+                    f"Its options are {', '.join(known)}."
                 )
         return dataclasses.replace(self, **options) if options else self
 
@@ -320,8 +319,6 @@ def flatten_map(f: Callable[[Tree], Tree] | AffineMap, layout: Layout) -> Map:
     """f on pytrees as a map (B, D) -> (B, D); an affine map stays one."""
     if isinstance(f, AffineMap):
         return AffineMap(FlatMap(f.linear, layout), layout.ravel(f.shift, source="AffineMap.shift"))
-    if not callable(f):
-        raise TypeError(f"f must be a callable that maps the state to the state, got {f!r}.")
     return FlatMap(f, layout)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdeq._state import per_sample
+from torchdeq._suggest import did_you_mean
 from torchdeq.solution import Solution
 from torchdeq.solver.anderson import Anderson
 from torchdeq.solver.base import Iterate, Solver, Tally, start_of
@@ -114,10 +114,8 @@ def look_up(name: str) -> Any:
         ValueError: there is none; the nearest name is given.
     """
     if name not in SOLVERS:
-        near = difflib.get_close_matches(name, SOLVERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"there is no solver called {name!r}.{hint} Registered are {', '.join(SOLVERS)}; "
+            f"there is no solver called {name!r}.{did_you_mean(name, SOLVERS)} Registered are {', '.join(SOLVERS)}; "
             f"register_solver adds to them."
         )
     return SOLVERS[name]

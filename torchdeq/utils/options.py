@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchdeq._suggest import did_you_mean
+
 
 @dataclass(frozen=True)
 class Option:
@@ -138,9 +140,9 @@ def check_keywords(keywords: Mapping[str, Any], known: tuple[str, ...], call: st
     """Raise a TypeError that names the nearest option if a keyword is not known."""
     for name in keywords:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=2)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise TypeError(f"{call} has no option {name!r}.{hint} Its options are {', '.join(known)}.")
+            raise TypeError(
+                f"{call} has no option {name!r}.{did_you_mean(name, known)} Its options are {', '.join(known)}."
+            )
 
 
 def warn_near_misses(config: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -1,0 +1,151 @@
+"""`backward_factory` keeps its contract."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+import torch
+
+from tests.problems import TanhMap, cotangent, error, exact_gradient, solve_exactly
+from torchdeq import SOLVERS, Anderson, ConvergenceWarning
+from torchdeq.grad import GradFunctor, backward_factory
+from torchdeq.solver import SolverStat, anderson_solver
+
+
+def test_the_signature_is_the_documented_one():
+    assert [(p.name, p.default) for p in inspect.signature(backward_factory).parameters.values()] == [
+        ("grad_type", "ift"),
+        ("hook_ift", False),
+        ("b_solver", None),
+        ("b_solver_kwargs", {}),
+        ("sup_gap", -1),
+        ("sup_loc", None),
+        ("tau", 1.0),
+        ("grad_factory_kwargs", inspect.Parameter.empty),
+    ]
+    assert list(inspect.signature(backward_factory()).parameters)[:4] == [
+        "trainer",
+        "func",
+        "z_pred",
+        "writer",
+    ]
+
+
+def old_style_solver(func, x0, max_iter=50, tol=1e-3, stop_mode="abs", indexing=None, **kwargs):
+    for _ in range(max_iter):
+        x0 = func(x0)
+    return x0, [], {}
+
+
+@pytest.mark.parametrize("hook_ift", [False, True])
+@pytest.mark.parametrize("b_solver", [None, *SOLVERS, Anderson(), anderson_solver, old_style_solver])
+def test_b_solver_takes_a_name_an_object_a_function_or_none(b_solver, hook_ift):
+    f = TanhMap.make(gain=0.6)
+    g = cotangent(f.x)
+    functor = backward_factory(
+        "ift", hook_ift=hook_ift, b_solver=b_solver, b_solver_kwargs={"max_iter": 120, "tol": 1e-12}
+    )
+    stats = []
+    (z,) = functor(None, f, solve_exactly(f, f.z0), writer=stats.append)
+    got = torch.autograd.grad(z, f.wanted, g)
+    assert error(got, exact_gradient(f, f.z0, g, f.wanted)) < 1e-9
+    assert len(stats) == 1, "the writer gets the statistics once per backward"
+    assert isinstance(stats[0], dict)
+    assert stats[0]["abs_lowest"].shape == (4,)
+    assert stats[0]["rel_trace"].shape[0] == 4
+
+
+def test_the_writer_is_called_once_per_backward():
+    f = TanhMap.make()
+    stats = []
+    (z,) = backward_factory("ift", hook_ift=True)(None, f, solve_exactly(f, f.z0), stats.append)
+    assert not stats
+    for count in (1, 2):
+        torch.autograd.grad(z.sum(), f.wanted, retain_graph=True)
+        assert len(stats) == count
+    assert isinstance(stats[0], SolverStat)
+
+
+def test_a_number_is_a_phantom_gradient():
+    f = TanhMap.make()
+    states = backward_factory(5, tau=0.5, sup_gap=2)(None, f, f.z0)
+    assert len(states) == 3
+    states = backward_factory(5, sup_loc=[2, 5])(None, f, f.z0)
+    assert len(states) == 2
+    assert torch.equal(states[0], f(f(f.z0)))
+
+
+@pytest.mark.parametrize("trainer", [None, torch.nn.Linear(2, 2)])
+def test_nothing_is_kept_on_the_trainer_and_z_pred_is_not_changed(trainer):
+    f = TanhMap.make()
+    before = None if trainer is None else dict(vars(trainer))
+    z_pred = solve_exactly(f, f.z0)
+    kept = z_pred.clone()
+    for hook in (False, True):
+        (z,) = backward_factory("ift", hook_ift=hook)(trainer, f, z_pred)
+        z.sum().backward()
+    assert not z_pred.requires_grad
+    assert torch.equal(z_pred, kept)
+    if trainer is not None:
+        assert dict(vars(trainer)) == before
+
+
+def test_a_tuple_state_comes_back_as_a_tuple():
+    f = lambda s: (0.5 * s[1] + 1, 0.5 * s[0])  # noqa: E731
+    (z,) = backward_factory(3)(None, f, (torch.zeros(2, 3), torch.zeros(2, 3)))
+    assert isinstance(z, tuple)
+    assert z[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "backward_factory(1)",
+        "backward_factory(5, sup_gap=2, tau=0.5)",
+        "backward_factory(5, sup_loc=(2,))",
+        "backward_factory('ift', b_solver=GMRES(tol=1e-05))",
+        "backward_factory('ift', hook_ift=True, b_solver=Anderson(max_iter=7, m=3))",
+    ],
+)
+def test_prints_compares_and_pickles(call):
+    import torchdeq
+
+    functor = eval(call, vars(torchdeq))
+    assert repr(functor) == call
+    assert pickle.loads(pickle.dumps(functor)) == functor
+    assert isinstance(functor, GradFunctor)
+
+
+def test_wrong_calls_teach():
+    with pytest.raises(ValueError, match="no gradient method 'itf'. Did you mean 'ift'"):
+        backward_factory("itf")
+    with pytest.raises(ValueError, match="steps"):
+        backward_factory(0)
+    with pytest.raises(ValueError, match="no solver called 'andersen'. Did you mean 'anderson'"):
+        backward_factory(b_solver="andersen")
+    with pytest.raises(TypeError, match="no option 'stop_mod'. Did you mean 'stop_mode'"):
+        backward_factory(b_solver="anderson", b_solver_kwargs={"stop_mod": "rel"})
+    with pytest.warns(UserWarning, match="ignores the keyword .*Did you mean 'hook_ift'"):
+        backward_factory(hook_itf=True)
+    with pytest.warns(UserWarning, match="sup_gap and sup_loc"):
+        backward_factory("ift", sup_gap=2)
+    with pytest.raises(TypeError, match="name of a solver, a Solver or a solver function"):
+        backward_factory(b_solver=3)
+
+
+def test_an_unconverged_adjoint_warns_once_per_functor():
+    f = TanhMap.make(gain=0.95)
+    functor = backward_factory(b_solver="fixed_point_iter", b_solver_kwargs={"max_iter": 3})
+    z_star = solve_exactly(f, f.z0)
+    with pytest.warns(ConvergenceWarning, match="b_max_iter"):
+        functor(None, f, z_star)[0].sum().backward()
+    functor(None, f, z_star)[0].sum().backward()
+
+
+def test_options_given_to_the_factory_are_not_changed():
+    options = {"max_iter": 7}
+    backward_factory(b_solver="anderson", b_solver_kwargs=options)
+    assert options == {"max_iter": 7}
+    assert inspect.signature(backward_factory).parameters["b_solver_kwargs"].default == {}
