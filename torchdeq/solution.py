@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -176,4 +177,15 @@ class Reporter:
         if self.throw:
             raise ConvergenceError(f"{problem} {self.remedy}")
         if self.unconverged == 1:
-            warnings.warn(f"{problem} {self.remedy}", ConvergenceWarning, stacklevel=3)
+            warnings.warn(f"{problem} {self.remedy}", ConvergenceWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The `stacklevel` that names the line of the user's that led here, past this library's and torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "torch",
+        "torchdeq",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
