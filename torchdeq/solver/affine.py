@@ -64,12 +64,16 @@ class AffineSolver(Solver):
         linear, b = Tally(affine.linear, f.amp), affine.shift
         u0 = torch.zeros_like(b) if z0 is None else z0
         r0 = b if z0 is None else b + linear(u0) - u0
-        norm_b = per_sample(b).clamp_min(torch.finfo(b.dtype).tiny)
-        limit = self.tol * (norm_b if self.stop_mode == "rel" else torch.ones_like(norm_b))
+        scale = per_sample(b)  # (B,), what 'rel' divides by
+        limit = self.tol * scale if self.stop_mode == "rel" else torch.full_like(scale, self.tol)
+
+        def measured(u: Tensor, size: Tensor) -> Iterate:
+            relative = size / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+            return Iterate(u, size, scale, relative if self.stop_mode == "rel" else size)
 
         size = per_sample(r0)  # (B,), the estimate of each sample's residual
-        first = Iterate(u0, size, size / norm_b)
-        traces = [(first.abs, first.rel)]
+        first = measured(u0, size)
+        sizes = [(size, scale)]
         failed = ~size.isfinite()
         active = (size > limit) & ~failed
         steps = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
@@ -80,16 +84,15 @@ class AffineSolver(Solver):
             active = active & ~failed
             steps = steps + active
             size = torch.where(active, estimate, size)
-            traces.append((size, size / norm_b))
+            sizes.append((size, scale))
             active = active & (estimate > limit)
 
-        final = first.where_finite(~failed)
-        if len(traces) > 1:
+        final = first
+        if len(sizes) > 1:
             u = u0 + self.correction(state, steps)
             size = per_sample(b + linear(u) - u)
-            final = Iterate(u, size, size / norm_b).where_finite(size.isfinite())
-            final = final.where(final.abs <= first.abs, first)  # never worse than where it began
-        return self._solution(final, failed, steps, linear.calls, traces, [])
+            final = measured(u, size).where(size <= first.size, first)  # never worse than where it began
+        return self._solution(final, failed, steps, linear.calls, sizes, [])
 
 
 def back_substitute(r: Tensor, b: Tensor, steps: Tensor) -> Tensor:

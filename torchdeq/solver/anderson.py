@@ -25,10 +25,10 @@ from torchdeq.solver.base import Solver
 class AndersonState(NamedTuple):
     """What Anderson remembers. n counts the steps taken; slot n mod m is overwritten next."""
 
-    z: Tensor  # (B, D), the previous iterate
-    r: Tensor  # (B, D), its residual
-    dr: Tensor  # (B, m, D), differences of residuals
-    dy: Tensor  # (B, m, D), ΔZ + τ ΔR
+    r: Tensor  # (B, D), the previous residual
+    y: Tensor  # (B, D), the previous plain step z + τ r
+    dr: Tensor  # (B, m, D), differences of r
+    dy: Tensor  # (B, m, D), differences of y, which are ΔZ + τ ΔR
     gram: Tensor  # (B, m, m), dr @ dr.mT, kept by updating one row
     n: int
 
@@ -74,45 +74,32 @@ class Anderson(Solver):
         """An empty history, as wide as it can get used within `max_iter`."""
         m = max(1, min(self.m, self.max_iter - 1))
         batch, size = z.shape
-        return AndersonState(
-            z=z,
-            r=z,
-            dr=z.new_zeros(batch, m, size),
-            dy=z.new_zeros(batch, m, size),
-            gram=z.new_zeros(batch, m, m),
-            n=0,
-        )
+        history = z.new_zeros(2, batch, m, size)
+        return AndersonState(z, z, history[0], history[1], z.new_zeros(batch, m, m), 0)
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         """The minimiser over the last differences; the first step is Picard's."""
         r = fz - z
+        y = fz if self.tau == 1 else z + self.tau * r
         n, dr, dy, gram = state.n, state.dr, state.dy, state.gram
-        plain = z + self.tau * r
         if n == 0:
-            return plain, state._replace(z=z, r=r, n=1)
+            return y, state._replace(r=r, y=y, n=1)
         slot = (n - 1) % dr.shape[1]
-        dr[:, slot] = r - state.r
-        dy[:, slot] = z - state.z + self.tau * dr[:, slot]
-        row = torch.einsum("bmd,bd->bm", dr, dr[:, slot])  # (B, m)
-        gram[:, slot, :] = row
-        gram[:, :, slot] = row
-        gamma = self._coefficients(gram, torch.einsum("bmd,bd->bm", dr, r))
-        z_next = plain - torch.einsum("bmd,bm->bd", dy, gamma)
-        return z_next, AndersonState(z=z, r=r, dr=dr, dy=dy, gram=gram, n=n + 1)
+        torch.sub(r, state.r, out=dr[:, slot])
+        torch.sub(y, state.y, out=dy[:, slot])
+        products = torch.bmm(torch.stack((dr[:, slot], r), dim=1), dr.mT)  # (B, 2, m): ΔRᵀΔr_k and ΔRᵀr
+        gram[:, slot] = gram[:, :, slot] = products[:, 0]
+        gamma = self._coefficients(gram, products[:, 1])
+        z_next = torch.baddbmm(y[:, None], gamma[:, None], dy, alpha=-1)[:, 0]
+        return z_next, AndersonState(r, y, dr, dy, gram, n + 1)
 
     def _coefficients(self, gram: Tensor, b: Tensor) -> Tensor:
-        """argmin of the regularised least-squares problem, (B, m)."""
+        """(G + λ diag G) γ = b, (B, m): the problem with columns scaled to unit norm and λ I added, scaled back."""
         lam = self.lam
         if lam is None:
             lam = 1e-8 if gram.dtype == torch.float64 else 1e-6
-        size = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, m), the columns' norms
-        scale = torch.where(size > 0, 1 / size, 0.0)
-        h = gram * scale[:, :, None] * scale[:, None, :]  # (B, m, m), unit diagonal
+        d = gram.diagonal(dim1=1, dim2=2)
         # An unused slot or a vanished difference has a zero row: 1 on its diagonal gives coefficient 0.
-        diagonal = torch.where(size > 0, 1 + lam, 1.0)
-        h = torch.diagonal_scatter(h, diagonal, dim1=1, dim2=2)
-        gamma, _ = torch.linalg.solve_ex(h, scale * b)  # never raises on a singular sample
-        gamma = gamma * scale
-        # A history that cannot be used (non-finite, or singular at lam=0) leaves that sample a plain step.
-        usable = gamma.isfinite().all(dim=1, keepdim=True)
-        return torch.where(usable, gamma, 0.0)
+        h = gram + torch.diag_embed(torch.where(d > 0, lam * d, 1.0))
+        gamma, info = torch.linalg.solve_ex(h, b)  # does not raise on a singular sample
+        return torch.where((info == 0)[:, None], gamma, 0.0)  # … which takes a plain step

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -168,18 +168,16 @@ class Solver:
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         z = start_of(f.f) if z0 is None else z0
-        tiny = torch.finfo(z.dtype).tiny
         count = z.shape[0]
-        worst = z.new_full((count,), math.inf)
-        best = Iterate(z, worst, worst)  # per sample, over all evaluations
-        single, single_total = best, worst.new_tensor(math.inf)  # one evaluation for all samples
+        best = single = self._unknown(z)  # best per sample; best evaluation of all samples at once
+        last = best.measure
         failed = torch.zeros(count, dtype=torch.bool, device=z.device)
         active = ~failed
+        all_active = True
         nstep = torch.zeros(count, dtype=torch.int64, device=z.device)
-        traces: list[tuple[Tensor, Tensor]] = []
+        sizes: list[tuple[Tensor, Tensor]] = []
         states: dict[int, Tensor] = {}
         state = self.init(z)
-        fz = z
 
         for k in range(1, self.max_iter + 1):
             fz = f(z)
@@ -188,53 +186,70 @@ class Solver:
                     states[k] = z
                 z, state = self.step(f, z, fz, state)
                 continue
+            now = self._measured(z, fz)
+            sizes.append((now.size, now.scale))
 
-            size = per_sample(fz - z)  # (B,)
-            now = Iterate(z, size, size / per_sample(fz).clamp_min(tiny))
-            measure = now.measure(self.stop_mode)
-            finite = measure.isfinite()
-            now = now.where_finite(finite)
-            failed = failed | ~finite
-            best = now.where(finite & (measure < best.measure(self.stop_mode)), best)
-            if count > 1:
-                total = measure.nan_to_num(nan=math.inf).max()
-                single = now.where((total < single_total).expand(count), single)
-                single_total = torch.minimum(single_total, total)
-            traces.append((now.abs, now.rel))
-            nstep = nstep.masked_fill(active, k)
+            # Nearly always nothing happens: who takes part comes closer without arriving, who does not stays
+            # where it is. Then this iterate is the best of every sample, and there is no more to keep.
+            quiet = (now.measure < best.measure) & (now.measure > self.tol)
+            if not all_active:
+                quiet = torch.where(active, quiet, now.measure == last)
+            last = now.measure
+            if bool(quiet.all()):
+                best = single = now
+            else:
+                nstep = nstep.masked_fill(active, k)
+                finite = now.measure.isfinite()
+                failed = failed | ~finite
+                best = now.where(finite & (now.measure < best.measure), best)
+                total = now.measure.nan_to_num(nan=math.inf).amax() if count > 1 else None
+                if total is not None and bool(total < single.measure.amax()):
+                    single = now
+                # Recomputed, not accumulated: if f couples samples, one that had converged can rise above tol
+                # again as its neighbours move, and then it takes part again.
+                converged = (now.measure <= self.tol) & ~failed
+                active = ~failed if self.return_final else ~(converged | failed)
+                all_active = bool(active.all())
             if k in record:
                 states[k] = best.z
-
-            # Recomputed, not accumulated: if f couples samples, a sample that had converged can rise
-            # above tol again as its neighbours move, and then it takes part again.
-            converged = (measure <= self.tol) & ~failed
-            active = ~failed if self.return_final else ~(converged | failed)
-            if not bool(active.any()):
+            if not all_active and not bool(active.any()):
                 break
             if k < self.max_iter:
                 z_next, state = self.step(f, z, fz, state)
-                rest = torch.where(failed[:, None], best.z, z)
-                z = torch.where(active[:, None], z_next, rest)
+                if all_active:
+                    z = z_next
+                else:
+                    z = torch.where(active[:, None], z_next, torch.where(failed[:, None], best.z, z))
 
+        nstep = nstep.masked_fill(active, k)
+        finite = now.measure.isfinite()
+        failed = failed | ~finite
+        final = now
         if self.return_final:
-            final = best.where(failed, now)
+            final = now.where(~failed, best)
         else:
-            current = converged | (finite & (measure <= best.measure(self.stop_mode)))
-            final = now.where(current, best)
-            if count > 1 and not bool(current.all()):
-                final = self._measured_together(f, final, single)
-        return self._solution(final, failed, nstep, f.calls, traces, [states.get(r) for r in record])
+            current = finite & ((now.measure <= best.measure) | ((now.measure <= self.tol) & ~failed))
+            if not bool(current.all()):
+                final = now.where(current, best)
+                if count > 1:
+                    final = self._measured_together(f, final, single)
+        return self._solution(final, failed, nstep, f.calls, sizes, [states.get(r) for r in record])
+
+    def _unknown(self, z: Tensor) -> Iterate:
+        worst = z.new_full((z.shape[0],), math.inf)
+        return Iterate(z, worst, torch.ones_like(worst), worst)
+
+    def _measured(self, z: Tensor, fz: Tensor) -> Iterate:
+        """z with its residual, from fz = f(z)."""
+        size, scale = per_sample(fz - z), per_sample(fz)
+        return Iterate(z, size, scale, size / _nonzero(scale) if self.stop_mode == "rel" else size)
 
     def _measured_together(self, f: Map, mixed: Iterate, single: Iterate) -> Iterate:
         """`mixed` if its residuals hold when f sees those states at once, otherwise `single`."""
-        fz = f(mixed.z)
-        size = per_sample(fz - mixed.z)
-        now = Iterate(mixed.z, size, size / per_sample(fz).clamp_min(torch.finfo(fz.dtype).tiny))
-        now = now.where_finite(now.measure(self.stop_mode).isfinite())
-        claimed = mixed.measure(self.stop_mode)
+        now = self._measured(mixed.z, f(mixed.z))
         # At the level of rounding the residual is noise; 1.5 tells noise from coupling.
-        noise = 64 * torch.finfo(fz.dtype).eps * (per_sample(fz) if self.stop_mode == "abs" else 1.0)
-        holds = (now.measure(self.stop_mode) <= 1.5 * claimed + noise) | claimed.isinf()
+        noise = 64 * torch.finfo(now.size.dtype).eps * (now.scale if self.stop_mode == "abs" else 1.0)
+        holds = (now.measure <= 1.5 * mixed.measure + noise) | mixed.measure.isinf()
         return now if bool(holds.all()) else single
 
     def _solution(
@@ -243,52 +258,50 @@ class Solver:
         failed: Tensor,
         nstep: Tensor,
         nfe: int,
-        traces: list[tuple[Tensor, Tensor]],
+        sizes: list[tuple[Tensor, Tensor]],
         states: list[Tensor | None],
     ) -> Solution:
-        met = (final.measure(self.stop_mode) <= self.tol) & ~failed
+        """The account of a solve, from its final iterate and the norms (residual, scale) along the way."""
+        met = (final.measure <= self.tol) & ~failed
         status = torch.full_like(nstep, Status.MAX_ITER)
         status = status.masked_fill(met, Status.CONVERGED).masked_fill(failed, Status.NON_FINITE)
+        trace = torch.stack([size for size, _ in sizes]).nan_to_num(nan=math.inf, posinf=math.inf)
+        scale = _nonzero(torch.stack([scale for _, scale in sizes]))
+        size = final.size.nan_to_num(nan=math.inf, posinf=math.inf)
         return Solution(
             z=final.z,
-            abs_residual=final.abs,
-            rel_residual=final.rel,
+            abs_residual=size,
+            rel_residual=(size / _nonzero(final.scale)).nan_to_num(nan=math.inf, posinf=math.inf),
             stop_mode=self.stop_mode,
             tol=self.tol,
             status=status,
             nstep=nstep,
             nfe=nfe,
-            abs_trace=torch.stack([a for a, _ in traces]),
-            rel_trace=torch.stack([r for _, r in traces]),
+            abs_trace=trace,
+            rel_trace=(trace / scale).nan_to_num(nan=math.inf, posinf=math.inf),
             states=[final.z if s is None else s for s in states],
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Iterate:
-    """An evaluated state z (B, D) with its absolute and relative residual, each (B,)."""
+class Iterate(NamedTuple):
+    """An evaluated state z (B, D), and per sample, each (B,):"""
 
     z: Tensor
-    abs: Tensor
-    rel: Tensor
-
-    def measure(self, stop_mode: str) -> Tensor:
-        return self.rel if stop_mode == "rel" else self.abs
+    size: Tensor  # ‖f(z) − z‖
+    scale: Tensor  # what a relative residual divides by, ‖f(z)‖
+    measure: Tensor  # what is compared with tol
 
     def where(self, mask: Tensor, other: Iterate) -> Iterate:
         """Per sample: this one where `mask` (B,), else `other`."""
         return Iterate(
             torch.where(mask[:, None], self.z, other.z),
-            torch.where(mask, self.abs, other.abs),
-            torch.where(mask, self.rel, other.rel),
+            *(torch.where(mask, a, b) for a, b in zip(self[1:], other[1:], strict=True)),
         )
 
-    def where_finite(self, finite: Tensor) -> Iterate:
-        return Iterate(
-            self.z,
-            self.abs.masked_fill(~finite, math.inf),
-            self.rel.masked_fill(~finite, math.inf),
-        )
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """A divisor that makes 0 / 0 zero."""
+    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
 class Tally:

@@ -86,14 +86,16 @@ class Broyden(Solver):
             hr = _times(u, v, r)  # H r⁺
             hy = hr + state.d  # H y, since H r = −d
             vt = _times(v, u, s)  # Hᵀ s
-            denominator = torch.einsum("bd,bd->b", vt, y)
-            safe = denominator.abs() > torch.finfo(z.dtype).eps * per_sample(vt) * per_sample(y)
-            inverse = torch.where(safe & accepted, 1 / denominator, 0.0)
-            us[:, n] = (s - hy) * inverse[:, None]
+            # (B, 2): vᵀy, and vᵀr for the new direction
+            vy, vr = torch.bmm(torch.stack((y, r), dim=1), vt[:, :, None])[:, :, 0].unbind(1)
+            # Near 0 the secant equation says nothing; its usual size is ‖s‖², which it has at H = J⁻¹.
+            safe = vy.abs() > torch.finfo(z.dtype).eps * per_sample(s).square()
+            inverse = torch.where(safe if accepted is None else safe & accepted, 1 / vy, 0.0)
+            us[:, n] = w = (s - hy) * inverse[:, None]
             vs[:, n] = vt
-            d = -(hr + us[:, n] * torch.einsum("bd,bd->b", vt, r)[:, None])
+            d = -(hr + w * vr[:, None])
             n += 1
-        if self.ls:
+        if accepted is not None:
             keep = accepted[:, None]
             alpha = torch.where(accepted, 1.0, state.alpha / 2)
             base, r, d = (
@@ -104,10 +106,10 @@ class Broyden(Solver):
             return base + alpha[:, None] * d, BroydenState(base, r, d, alpha, us, vs, n)
         return z + d, BroydenState(z, r, d, state.alpha, us, vs, n)
 
-    def _accepted(self, r: Tensor, state: BroydenState) -> Tensor:
-        """Which samples' last trial is kept, (B,)."""
+    def _accepted(self, r: Tensor, state: BroydenState) -> Tensor | None:
+        """Which samples' last trial is kept, (B,); None for all of them."""
         if not self.ls:
-            return torch.ones_like(state.alpha, dtype=torch.bool)
+            return None
         enough = per_sample(r) <= (1 - _DECREASE * state.alpha) * per_sample(state.r)
         return enough | (state.alpha <= _SMALLEST)
 
@@ -116,8 +118,8 @@ def _times(us: Tensor, vs: Tensor, x: Tensor) -> Tensor:
     """(−I + Σ us_i vs_iᵀ) x, per sample, (B, D)."""
     if us.shape[1] == 0:
         return -x
-    inner = torch.einsum("bnd,bd->bn", vs, x)
-    return torch.einsum("bnd,bn->bd", us, inner) - x
+    inner = torch.bmm(x[:, None], vs.mT)  # (B, 1, n)
+    return torch.baddbmm(x[:, None], inner, us, beta=-1)[:, 0]
 
 
 def _with_room(buffer: Tensor, n: int) -> Tensor:

@@ -66,17 +66,17 @@ class GMRES(AffineSolver):
         w = probe - lp  # A v_j
         size = per_sample(w)
         v = basis[:, : j + 1]
-        h = torch.einsum("bnd,bd->bn", v, w)
-        w = w - torch.einsum("bnd,bn->bd", v, h)
-        again = torch.einsum("bnd,bd->bn", v, w)  # "twice is enough"
-        w = w - torch.einsum("bnd,bn->bd", v, again)
-        h = h + again
+        h = torch.bmm(w[:, None], v.mT)  # (B, 1, j + 1)
+        w = torch.baddbmm(w[:, None], h, v, alpha=-1)
+        again = torch.bmm(w, v.mT)  # "twice is enough"
+        w = torch.baddbmm(w, again, v, alpha=-1)[:, 0]
+        h = (h + again)[:, 0]
         # What is left below rounding of A v_j is no new direction: the space is exhausted, the sample solved.
         rest = per_sample(w)
         goes_on = (rest > 10 * torch.finfo(w.dtype).eps * size) & rest.isfinite()
         rest = torch.where(goes_on, rest, 0.0)
         column = torch.cat([h, rest[:, None]], dim=1)  # (B, j + 2)
-        column = torch.einsum("bmn,bn->bm", rotation[:, : j + 2, : j + 2], column)
+        column = torch.bmm(rotation[:, : j + 2, : j + 2], column[:, :, None])[:, :, 0]
         a, b = column[:, j], column[:, j + 1]
         length = torch.hypot(a, b)
         c = torch.where(length > 0, a / length, 1.0)
@@ -96,7 +96,7 @@ class GMRES(AffineSolver):
         j = state.j
         right = state.beta[:, None] * state.rotation[:, :j, 0]
         y = back_substitute(state.r[:, :j, :j], right, steps)
-        return torch.einsum("bnd,bn->bd", state.basis[:, :j], y)
+        return torch.bmm(y[:, None], state.basis[:, :j])[:, 0]
 
 
 def _normalised(w: Tensor, size: Tensor) -> Tensor:

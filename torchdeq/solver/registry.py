@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq._state import per_sample
 from torchdeq._suggest import did_you_mean
 from torchdeq.solution import Solution
 from torchdeq.solver.anderson import Anderson
-from torchdeq.solver.base import Iterate, Solver, Tally, start_of
+from torchdeq.solver.base import Solver, Tally, start_of
 from torchdeq.solver.broyden import Broyden
 from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
 from torchdeq.solver.gmres import GMRES
@@ -80,12 +79,11 @@ class FunctionSolver(Solver):
                 f"{self.function!r} must return (z, sampled states, info) with z of the shape of x0, got "
                 f"z of shape {tuple(z.shape)}."
             )
-        size = per_sample(fz - z)
-        final = Iterate(z, size, size / per_sample(fz).clamp_min(torch.finfo(fz.dtype).tiny))
-        failed = ~size.isfinite()
+        final = self._measured(z, fz)
+        failed = ~final.measure.isfinite()
         states = [*sampled[: len(record)], *[None] * (len(record) - len(sampled))]
         nstep = torch.full((z.shape[0],), f.calls, dtype=torch.int64, device=z.device)
-        return self._solution(final, failed, nstep, f.calls, [(final.abs, final.rel)], states)
+        return self._solution(final, failed, nstep, f.calls, [(final.size, final.scale)], states)
 
 
 def register_solver(solver_type: str, solver: type[Solver] | Solver | Callable[..., Any]) -> None:
