@@ -21,6 +21,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Tree = Any
 Map = Callable[[Tensor], Tensor]
@@ -176,6 +177,13 @@ class FlatMap:
             raise RuntimeError(
                 "f changed its argument in place (an operation such as z.add_, z += … or z[…] = …). A "
                 "solver keeps its iterates, so f must return a new tensor: write z = z + … instead."
+            )
+        # Outside a dual level, the usual case, this is one comparison.
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(fz).tangent is not None:
+            raise RuntimeError(
+                "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) were asked of a "
+                "fixed-point solve, which gives reverse-mode derivatives only: what a tangent carried through its "
+                "steps would give is not the tangent of the solution. Use backward() or torch.autograd.grad."
             )
         return fz
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdeq._state import FlatMap, Tree, layout_of
-from torchdeq.grad.base import GradMethod, OnBackward, refuse_tangents
+from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.anderson import Anderson
@@ -174,6 +174,5 @@ def solve_and_attach(
     else:
         solution = solver.run(flat, start, record=record)
         states = [*solution.states, solution.z]
-    refuse_tangents(states)
     bare = dataclasses.replace(solution, states=[])
     return [layout.unravel(z) for z in states], unravel_solution(bare, layout)

@@ -9,24 +9,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torchdeq._state import Map
 from torchdeq.solution import Solution
 from torchdeq.solver.base import Solver
 
 OnBackward = Callable[[Solution], None]
-
-
-def refuse_tangents(states: Sequence[Tensor]) -> None:
-    """Raise if forward-mode AD runs through these states: what it would give is not the solution's tangent."""
-    # Outside a dual level, the usual case, this is one comparison.
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(z).tangent is not None for z in states):
-        raise RuntimeError(
-            "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) were asked of a "
-            "fixed-point solve, which gives reverse-mode derivatives only; the tangent of its last step would "
-            "be wrong. Use backward() or torch.autograd.grad."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

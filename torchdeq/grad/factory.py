@@ -9,7 +9,7 @@ from typing import Any
 
 from torchdeq._state import FlatMap, Tree, layout_of
 from torchdeq._suggest import did_you_mean
-from torchdeq.grad.base import GradMethod, refuse_tangents
+from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.registry import as_grad
@@ -61,7 +61,6 @@ class GradFunctor:
             layout.ravel(z_pred, source="z_pred"),
             on_backward=BackwardReport(self.reporter, writer),
         )
-        refuse_tangents(states)
         return [layout.unravel(z) for z in states]
 
     def __repr__(self) -> str:
