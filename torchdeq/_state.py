@@ -62,8 +62,8 @@ class Layout:
         """`tree`, which must have this layout, as a (B, D) tensor. `source` names it in errors."""
         leaves = self._leaves(tree, source)
         columns = [
-            _to_columns(leaf, self.batch, size, self.dtype)
-            for leaf, size in zip(leaves, self.sizes, strict=True)
+            _to_columns(leaf.to(dtype) if dtype.is_complex else leaf, self.batch, size, self.dtype)
+            for leaf, size, dtype in zip(leaves, self.sizes, self.dtypes, strict=True)
         ]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
@@ -169,11 +169,15 @@ class FlatMap:
             raise TypeError(f"f must be a callable that maps the state to the state, got {type(f).__name__}.")
         self.f = f
         self.layout = layout
+        self.checked = False
 
     def __call__(self, z: Tensor) -> Tensor:
+        # Inference tensors count no versions; there the first call is compared by value.
         before = None if z.is_inference() else z._version
+        kept = z.clone() if before is None and not self.checked else None
         fz = self.layout.ravel(self.f(self.layout.unravel(z)))
-        if before is not None and z._version != before:
+        self.checked = True
+        if (before is not None and z._version != before) or (kept is not None and not torch.equal(z, kept)):
             raise RuntimeError(
                 "f changed its argument in place (an operation such as z.add_, z += … or z[…] = …). A "
                 "solver keeps its iterates, so f must return a new tensor: write z = z + … instead."
@@ -192,8 +196,13 @@ class FlatMap:
 
 
 def per_sample(z: Tensor) -> Tensor:
-    """Euclidean norm per sample of a (B, D) tensor, (B,), in at least float32."""
-    return torch.linalg.vector_norm(z, dim=1)
+    """Euclidean norm per sample of a (B, D) tensor, (B,), in its dtype.
+
+    Squares of float32 numbers overflow above 1e19 and vanish below 1e-23, so they are summed in float64.
+    """
+    if z.dtype == torch.float64:
+        return torch.linalg.vector_norm(z, dim=1)
+    return torch.linalg.vector_norm(z, dim=1, dtype=torch.float64).to(z.dtype)
 
 
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,6 +28,7 @@ class Status(IntEnum):
     CONVERGED = 0
     MAX_ITER = 1
     NON_FINITE = 2
+    STALLED = 3
 
     @property
     def sentence(self) -> str:
@@ -38,6 +39,7 @@ class Status(IntEnum):
 _SENTENCES = {
     Status.CONVERGED: "the residual is at most tol.",
     Status.MAX_ITER: "max_iter evaluations of f were made and the residual is still above tol.",
+    Status.STALLED: "the solver cannot bring the residual further down, though evaluations are left.",
     Status.NON_FINITE: "f returned a non-finite value; the best finite iterate before it is returned.",
 }
 

@@ -332,3 +332,97 @@ def test_under_autocast_the_backward_evaluates_f_as_the_forward_did():
     assert sum(grad for _, grad in seen) == 2  # the tracked call and the one rebuilt in the backward
     assert layer.weight.grad.abs().sum() > 0
     assert z.dtype == torch.float32
+
+
+@FORMS
+def test_an_in_place_operation_on_the_output_does_not_go_past_the_adjoint(hook):
+    f = TanhMap.make()
+    g = cotangent(f.x)
+    z = solve(f, hook)
+    z.mul_(2.0)
+    got = torch.autograd.grad(z, f.wanted, g)
+    assert error(got, [2 * t for t in exact_gradient(f, f.z0, g, f.wanted)]) < 1e-9
+
+
+def test_an_f_that_changed_before_the_backward_is_an_error_and_the_hook_form_does_not_mind():
+    f = TanhMap.make()
+
+    def losses(hook):
+        deq = DEQ(TIGHT, IFT(hook=hook))
+        for s in (0.2, 0.6, 0.9):
+            yield deq(lambda z: torch.tanh(s * z @ f.w.T + f.x), f.z0)[0].sum()  # noqa: B023 - the point
+
+    with pytest.raises(RuntimeError, match="another value in the backward pass.*loop variable"):
+        sum(losses(hook=False)).backward()
+    got = torch.autograd.grad(sum(losses(hook=True)), f.wanted)
+    exact = [
+        exact_gradient(lambda z, s=s: torch.tanh(s * z @ f.w.T + f.x), f.z0, torch.ones_like(f.x), f.wanted)
+        for s in (0.2, 0.6, 0.9)
+    ]
+    assert (
+        error(got, [sum(parts) for parts in zip(*exact, strict=True)]) < 1e-4
+    )  # the default adjoint tolerance
+    z = solve(f)
+    with torch.no_grad():
+        f.w.mul_(1.5)  # an optimiser's step before the backward
+    with pytest.raises(RuntimeError, match=r"another value in the backward pass|modified by an inplace"):
+        z.sum().backward()
+
+
+def test_writing_into_the_returned_solution_before_the_backward_is_an_error():
+    f = TanhMap.make()
+    z, solution = DEQ(TIGHT, IFT())(f, f.z0)
+    solution.z[1] = 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_dropout_inside_f_has_the_same_mask_where_f_is_rebuilt():
+    torch.manual_seed(0)
+    f = TanhMap.make(n=8, batch=2, gain=0.3)
+    masks = []
+
+    def noisy(z):
+        masks.append((torch.rand(8, dtype=F64) < 0.5).to(F64))
+        return f(z) * masks[-1]
+
+    (z,) = IFT(solver=GMRES(tol=1e-12)).attach(noisy, f.z0)
+    after = torch.get_rng_state()
+    z.sum().backward()
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(torch.get_rng_state(), after), "the backward leaves the generator as it found it"
+
+
+@pytest.mark.parametrize("name", ["gmres", "anderson", "fixed_point_iter"])
+def test_a_nan_in_the_loss_stays_visible(name):
+    f = TanhMap.make()
+    deq = DEQ(TIGHT, IFT(solver=as_solver(name)))
+    with pytest.warns(ConvergenceWarning):
+        got = torch.autograd.grad(deq(f, f.z0)[0].sum() * float("nan"), f.wanted)
+    assert not any(t.isfinite().any() for t in got[:1])
+
+
+@pytest.mark.parametrize("batch", [24, 26, 52])
+def test_coupling_at_any_distance_is_seen(batch):
+    w = random_matrix(4, 0.4)
+    x = torch.randn(batch, 4, dtype=F64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    f = lambda z: torch.tanh(z @ w.T + 0.5 * z.roll(batch // 2, 0) @ w.T + x)  # noqa: E731
+    g = cotangent(x)
+    deq = DEQ(FixedPointIteration(tol=1e-12, max_iter=300), IFT(solver=GMRES(tol=1e-9, max_iter=60)))
+    got = torch.autograd.grad(deq(f, torch.zeros_like(x.detach()))[0], [x], g)
+    assert error(got, exact_gradient(f, torch.zeros_like(x), g, [x])) < 1e-7
+
+
+def test_small_cotangents_do_not_vanish_in_a_half_precision_f():
+    layer = torch.nn.Linear(8, 8).half()
+    with torch.no_grad():
+        layer.weight.copy_(random_matrix(8, 0.5))
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).half()
+    f = lambda z: torch.tanh(layer(z.half()) + x).float()  # noqa: E731
+    deq = DEQ(Anderson(tol=5e-3), IFT(solver=GMRES(tol=1e-3)))
+    counts = []
+    deq.on_backward = lambda solution: counts.append(solution.nfe)
+    z, _ = deq(f, torch.zeros(4, 8))
+    for scale in (1.0, 1e-4):
+        z.backward(scale * torch.ones_like(z), retain_graph=True)
+    assert counts[0] == counts[1]

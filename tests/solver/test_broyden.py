@@ -68,3 +68,22 @@ def test_a_single_sample_stops_at_the_tolerance_asked_for():
     solution = Broyden(tol=1e-9, max_iter=200)(f, f.z0)
     assert solution.converged.all()
     assert solution.residual.max() <= 1e-9
+
+
+def test_a_restart_while_a_trial_is_rejected_keeps_the_secant_equation():
+    f = TanhMap.make(n=8, batch=6, gain=3.0)
+    solver = Broyden(ls=True, m=3, max_iter=60)
+    z, state = f.z0, solver.init(f.z0)
+    for _ in range(40):
+        z, state = solver.step(f, z, f(z).detach(), state)
+        hr = torch.einsum(
+            "bnd,bn->bd", state.us[:, : state.n], torch.einsum("bnd,bd->bn", state.vs[:, : state.n], state.r)
+        )
+        assert torch.allclose(state.r - hr, state.d, atol=1e-7 * state.d.norm().item())  # d = −H r
+
+
+def test_a_vanishing_residual_does_not_turn_non_finite():
+    for dtype in (torch.float32, torch.float64):
+        solution = Broyden(tol=0.0, max_iter=80)(lambda z: torch.tanh(0.5 * z), torch.ones(2, 3, dtype=dtype))
+        assert solution.z.isfinite().all()
+        assert not (solution.status == 2).any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -252,3 +253,73 @@ def test_tuples_and_dicts_come_back_as_they_were(name):
 def test_the_call_builds_no_graph(name):
     f = TanhMap.make()
     assert not as_solver(name, max_iter=5)(f, f.z0).z.requires_grad
+
+
+@pytest.mark.parametrize("name", MONITORED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_that_dies_at_zero_is_a_fixed_point_also_in_relative_terms(name, dtype):
+    f = lambda z: torch.relu(0.5 * z - 10)  # noqa: E731
+    solution = as_solver(name, stop_mode="rel")(f, torch.full((2, 4), 5.0, dtype=dtype))
+    assert solution.converged.all()
+    assert torch.equal(solution.z, torch.zeros(2, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", MONITORED)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_float32_states_of_extreme_scale(name, scale):
+    a = random_matrix(3, 0.5).float()
+    b = torch.tensor([[1.0, -2.0, 0.5]]) * scale
+    exact = torch.linalg.solve(torch.eye(3) - a, b[0])
+    solution = as_solver(name, stop_mode="rel", tol=1e-5)(lambda z: z @ a.T + b, torch.zeros(1, 3))
+    r = ((solution.z @ a.T + b - solution.z) / scale).norm() / (exact / scale).norm()
+    assert solution.z.isfinite().all()
+    assert bool(solution.converged) == bool(r <= 2e-5), "never a false 'converged'"
+    if name == "fixed_point_iter":
+        assert solution.converged.all()
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_what_is_returned_is_not_the_callers_memory(name):
+    for max_iter, z0 in ((1, torch.ones(2, 3)), (30, torch.zeros(2, 3))):
+        solution = as_solver(name, max_iter=max_iter)(lambda z: 0.5 * z, z0, record=[1])
+        for z in (solution.z, solution.states[0]):
+            assert z.data_ptr() != z0.data_ptr()
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_an_f_that_reuses_its_output_memory_is_solved_right(name):
+    buffer = np.zeros((1, 3))
+
+    def f(z):
+        np.multiply(z.numpy(), 0.5, out=buffer)
+        buffer[:] += 1
+        return torch.from_numpy(buffer)
+
+    z = as_solver(name, tol=1e-9)(f, torch.zeros(1, 3, dtype=F64)).z
+    assert torch.allclose(z, torch.full((1, 3), 2.0, dtype=F64))
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_an_f_in_place_is_refused_under_inference_mode_too(name):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="in place"):
+        as_solver(name)(lambda z: z.mul_(0.5).add_(1), torch.ones(1, 1))
+
+
+def test_an_empty_batch_takes_one_evaluation():
+    for name in MONITORED:
+        assert as_solver(name, max_iter=100)(lambda z: 0.5 * z, torch.zeros(0, 3)).nfe == 1
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_a_nan_neighbour_does_not_hide_what_coupled_samples_reached(name):
+    """Two samples that turn each other, and one that is NaN: the best evaluation of the two is returned."""
+
+    def f(z):
+        return torch.stack([0.9 * z[1] + 1, -0.9 * z[0], z[2] * torch.nan])
+
+    with torch.no_grad():
+        solution = as_solver(name, tol=1e-12, max_iter=6)(f, torch.zeros(3, 1, dtype=F64))
+    assert solution.status[2] == Status.NON_FINITE
+    assert solution.residual[:2].isfinite().all()
+    r = (f(solution.z)[:2] - solution.z[:2]).norm(dim=1)
+    assert torch.allclose(r, solution.abs_residual[:2], atol=1e-12)

@@ -8,7 +8,7 @@ import scipy.sparse.linalg
 import torch
 
 from tests.problems import F64, random_matrix
-from torchdeq import GMRES, AffineMap
+from torchdeq import GMRES, AffineMap, Status
 
 
 def make(n, batch=3, gain=0.9, seed=0):
@@ -119,3 +119,18 @@ def test_a_map_that_turns_non_finite_keeps_the_steps_before():
     assert solution.nstep[1] == 3
     assert solution.z.isfinite().all()
     assert solution.abs_residual[1] < b[1].norm()
+
+
+@pytest.mark.parametrize(("tol", "gain"), [(1e-5, 0.9), (1e-5, 0.99), (2e-6, 0.9)])
+def test_in_float32_the_rounding_of_the_recurrence_is_mended(tol, gain):
+    a = random_matrix(64, gain).float()
+    b = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    solution = GMRES(tol=tol, stop_mode="rel", max_iter=200).run(AffineMap(lambda u: u @ a.T, b))
+    assert solution.converged.all()
+
+
+def test_a_solve_that_ends_early_says_why():
+    f = AffineMap(lambda u: u * torch.tensor([1.0, 0.5]), torch.ones(1, 2))
+    solution = GMRES(tol=1e-6).run(f)
+    assert solution.status.tolist() == [Status.STALLED]
+    assert solution.nfe < 10

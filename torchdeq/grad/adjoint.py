@@ -35,11 +35,13 @@ def solve_adjoint(vjp: Map, g: Tensor, solver: Solver) -> tuple[Tensor, Solution
     size = _norm(g)
     # A sample without a cotangent borrows the scale of the largest: if f couples samples its u is not zero.
     largest = size.amax() if size.numel() else size.sum()
-    size = torch.where(size > 0, size, torch.where(largest > 0, largest, 1.0))[:, None]  # (B, 1)
+    largest = torch.where(largest != 0, largest, 1.0)
+    size = torch.where(size != 0, size, largest)[:, None]  # (B, 1); a NaN stays one
     unit = g / size
+    weight = size / largest  # products with Jᵀ are made at the scale of 1, whatever the loss's scale
 
     def linear(u: Tensor) -> Tensor:
-        return vjp(u * size) / size
+        return vjp(u * weight) / weight
 
     solution = solver.run(AffineMap(linear, unit))
     if g.shape[0] > 1 and not bool(solution.converged.all()) and couples_samples(linear, unit):
@@ -54,8 +56,9 @@ def couples_samples(linear: Map, u: Tensor) -> bool:
     Scaling by powers of two is exact in floating point, so only rounding inside the map can blur the answer.
     Two products with the map.
     """
-    exponents = torch.arange(u.shape[0], device=u.device) % 13 - 6
-    scale = torch.exp2(exponents.to(u.dtype))[:, None]
+    # Fixed at random: regular exponents would miss couplings at a distance of their period.
+    exponents = torch.randint(-6, 7, (u.shape[0], 1), generator=torch.Generator().manual_seed(0))
+    scale = torch.exp2(exponents.to(u.dtype)).to(u.device)  # (B, 1)
     image = linear(u)
     apart = per_sample(linear(u * scale) / scale - image)
     level = math.sqrt(torch.finfo(u.dtype).eps) * (per_sample(image) + per_sample(u))
@@ -67,7 +70,7 @@ def _solve_together(vjp: Map, g: Tensor, solver: Solver, spent: int) -> tuple[So
     shape, count = g.shape, g.shape[0]
     flat = g.reshape(1, -1)
     size = _norm(flat)
-    size = torch.where(size > 0, size, 1.0)[:, None]
+    size = torch.where(size != 0, size, 1.0)[:, None]
 
     def linear(u: Tensor) -> Tensor:
         return vjp(u.reshape(shape)).reshape(1, -1)

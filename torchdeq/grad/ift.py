@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq._autocast import AutocastState
-from torchdeq._state import Map
+from torchdeq._replay import AutocastState, RandomState
+from torchdeq._state import Map, per_sample
 from torchdeq.grad.adjoint import solve_adjoint
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.solution import Reporter
@@ -70,18 +70,19 @@ class IFT(GradMethod):
             return [f(z)]
         if self.hook:
             return [self._hooked(f, z.requires_grad_(), report)]
+        amp, random = AutocastState.capture(z.device), RandomState.capture(z.device)
         fz = f(z)
         if not fz.requires_grad:  # nothing to differentiate with respect to
             return [fz]
-        amp = AutocastState.capture(z.device)
 
-        def solve(g: Tensor) -> Tensor:
-            with torch.enable_grad(), amp.on():
+        def solve(z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+            with torch.enable_grad(), amp.on(), random.again():
                 again = z.detach().requires_grad_()
                 fz_again = f(again)
+            _check_same(fz, fz_again, loose=amp.enabled)
             return self._solve(again, fz_again, g, report)
 
-        out: Tensor = _Adjoint.apply(fz, solve)
+        out: Tensor = _Adjoint.apply(fz, z, solve)
         return [out]
 
     def _hooked(self, f: Map, z: Tensor, report: OnBackward) -> Tensor:
@@ -96,9 +97,9 @@ class IFT(GradMethod):
                 return None
             return first_order_only(self._solve(z, fz, g, report), g, fz)
 
-        # The hook sits on an alias that the solve does not pass through, so it is never re-entered and needs
+        # The hook sits on a copy that the solve does not pass through, so it is never re-entered and needs
         # no removal: every backward pass solves, each call of the module its own system.
-        out = fz.view_as(fz)
+        out = fz.clone()  # not a view: an in-place operation on one would go past the hook
         out.register_hook(solve)
         return out
 
@@ -121,15 +122,15 @@ class _Adjoint(torch.autograd.Function):
     """The identity on f(z*), whose backward turns the cotangent g into u."""
 
     @staticmethod
-    def forward(ctx: Any, fz: Tensor, solve: Any) -> Tensor:
+    def forward(ctx: Any, fz: Tensor, z: Tensor, solve: Any) -> Tensor:
         ctx.solve = solve
-        ctx.save_for_backward(fz)
+        ctx.save_for_backward(fz, z)
         return fz.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (fz,) = ctx.saved_tensors
-        return first_order_only(ctx.solve(grads[0]), grads[0], fz), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        fz, z = ctx.saved_tensors
+        return first_order_only(ctx.solve(z, fz, grads[0]), grads[0], fz), None, None
 
 
 def first_order_only(u: Tensor, g: Tensor, fz: Tensor) -> Tensor:
@@ -151,6 +152,21 @@ class _FirstOrderOnly(torch.autograd.Function):
             "second derivatives were asked of IFT, which gives first derivatives only: the adjoint solution "
             "of a backward pass with create_graph=True is not differentiable. Use Unroll(), which "
             "differentiates the iteration itself to any order, or drop create_graph=True."
+        )
+
+
+def _check_same(fz: Tensor, again: Tensor, *, loose: bool) -> None:
+    """Raise if f gave another value when it was rebuilt: its adjoint would be that of another map."""
+    fz, again = fz.detach(), again.detach()
+    # Two evaluations of one map differ by rounding, in half precision by some 2⁻⁸.
+    allowed = (5e-2 if loose else 1e-3) * per_sample(fz)
+    if bool((per_sample(again - fz) > allowed).any()):
+        raise RuntimeError(
+            "f gave another value in the backward pass than in the forward pass at the same state, so the adjoint "
+            "would be that of another map. Either something f closes over has changed in between (a loop "
+            "variable: bind it with a default argument; weights updated in place: call backward first), or f is "
+            "random in a way that its generator's state does not repeat. IFT(hook=True) keeps the forward's graph "
+            "instead of rebuilding it."
         )
 
 

@@ -1,6 +1,6 @@
 """Phantom gradient, unrolled: k damped steps from the solved state, differentiated as they are.
 
-    ẑ_{i+1} = τ f(ẑ_i) + (1 − τ) ẑ_i,   ẑ_0 = z* without a graph,   i < k.
+    ẑ_{i+1} = τ f(ẑ_i) + (1 − τ) ẑ_i,   ẑ_0 = z*,   i < k.
 
 At z* its parameter gradient is Bᵀ (I − M^k) u with M = (1 − τ) I + τ Jᵀ and u the exact adjoint: the exact gradient
 less a bias that decays as ‖M‖^k. Source: Geng, Zhang, Bai, Wang and Lin (2021), arXiv 2111.05177 (the unrolled
@@ -29,7 +29,8 @@ class PhantomGrad(GradMethod):
         sup_gap: also return the states after every `sup_gap`-th step; −1 for none.
         sup_loc: also return the states after these steps, each within 1 … k.
 
-    The final state is returned once, and last, whatever is sampled.
+    The final state is returned once, and last, whatever is sampled. The start is taken as it comes: `DEQ` gives it
+    without a graph.
 
     Raises:
         ValueError: a value is out of range, or both `sup_gap` and `sup_loc` are given.

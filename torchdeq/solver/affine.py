@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from torchdeq._state import Map, per_sample
-from torchdeq.solution import Solution
-from torchdeq.solver.base import AffineMap, Iterate, Solver, Tally
+from torchdeq.solution import Solution, Status
+from torchdeq.solver.base import AffineMap, Iterate, Solver, Tally, relative
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -68,31 +68,40 @@ class AffineSolver(Solver):
         limit = self.tol * scale if self.stop_mode == "rel" else torch.full_like(scale, self.tol)
 
         def measured(u: Tensor, size: Tensor) -> Iterate:
-            relative = size / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-            return Iterate(u, size, scale, relative if self.stop_mode == "rel" else size)
+            return Iterate(u, size, scale, relative(size, scale) if self.stop_mode == "rel" else size)
 
-        size = per_sample(r0)  # (B,), the estimate of each sample's residual
-        first = measured(u0, size)
-        sizes = [(size, scale)]
-        failed = ~size.isfinite()
-        active = (size > limit) & ~failed
+        r, best = r0, measured(u0, per_sample(r0))
+        sizes = [(best.size, scale)]
+        failed = ~best.size.isfinite()
         steps = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
-        state = self.first(r0)
-        while linear.calls < self.max_iter - 1 and bool(active.any()):
-            state, estimate = self.advance(linear(state.probe), state)
-            failed = failed | (active & ~estimate.isfinite())
-            active = active & ~failed
-            steps = steps + active
-            size = torch.where(active, estimate, size)
-            sizes.append((size, scale))
-            active = active & (estimate > limit)
-
-        final = first
-        if len(sizes) > 1:
-            u = u0 + self.correction(state, steps)
-            size = per_sample(b + linear(u) - u)
-            final = measured(u, size).where(size <= first.size, first)  # never worse than where it began
-        return self._solution(final, failed, steps, linear.calls, sizes, [])
+        while True:
+            # One Krylov space, from the residual r of u.
+            start, size = best, best.size  # `size` is the estimate of each sample's residual
+            active = (size > limit) & ~failed
+            taken = torch.zeros_like(steps)
+            state = self.first(r)
+            while linear.calls < self.max_iter - 1 and bool(active.any()):
+                state, estimate = self.advance(linear(state.probe), state)
+                failed = failed | (active & ~estimate.isfinite())
+                active = active & ~failed
+                taken = taken + active
+                size = torch.where(active, estimate, size)
+                sizes.append((size, scale))
+                active = active & (estimate > limit)
+            if not bool(taken.any()):
+                break
+            steps = steps + taken
+            u = start.z + self.correction(state, taken)
+            r = b + linear(u) - u
+            size = per_sample(r)
+            best = measured(u, size).where(size <= start.size, start)  # never worse than where it began
+            # What rounding has made of the estimate, another space mends; what coupling has, none does.
+            short = (best.size > limit) & ~failed
+            mends = short & (best.size < 0.1 * start.size)
+            if not bool(mends.any()) or linear.calls > self.max_iter - 2:
+                break
+        short_of = Status.STALLED if linear.calls < self.max_iter else Status.MAX_ITER
+        return self._solution(best, failed, steps, linear.calls, sizes, [], short_of)
 
 
 def back_substitute(r: Tensor, b: Tensor, steps: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Anderson(Solver):
     def step(self, f: Map, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         """The minimiser over the last differences; the first step is Picard's."""
         r = fz - z
-        y = fz if self.tau == 1 else z + self.tau * r
+        y = torch.add(z, r, alpha=self.tau)
         n, dr, dy, gram = state.n, state.dr, state.dy, state.gram
         if n == 0:
             return y, state._replace(r=r, y=y, n=1)
@@ -102,4 +102,5 @@ class Anderson(Solver):
         # An unused slot or a vanished difference has a zero row: 1 on its diagonal gives coefficient 0.
         h = gram + torch.diag_embed(torch.where(d > 0, lam * d, 1.0))
         gamma, info = torch.linalg.solve_ex(h, b)  # does not raise on a singular sample
-        return torch.where((info == 0)[:, None], gamma, 0.0)  # … which takes a plain step
+        usable = (info == 0) & gamma.isfinite().all(dim=1)
+        return torch.where(usable[:, None], gamma, 0.0)  # … which takes a plain step

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from torchdeq._autocast import AutocastState
+from torchdeq._replay import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
 from torchdeq._suggest import did_you_mean
 from torchdeq.solution import Solution, Status
@@ -164,7 +164,16 @@ class Solver:
         amp = AutocastState.capture((start_of(f) if z0 is None else z0).device)
         tally = Tally(f, amp)
         with amp.off():
-            return self._loop(tally, z0, record)
+            solution = self._loop(tally, z0, record)
+        if z0 is None or all(z is not z0 for z in (solution.z, *solution.states)):
+            return solution
+        # The start is the caller's memory; what is returned is not.
+        own = z0.clone()
+        return dataclasses.replace(
+            solution,
+            z=own if solution.z is z0 else solution.z,
+            states=[own if z is z0 else z for z in solution.states],
+        )
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         z = start_of(f.f) if z0 is None else z0
@@ -173,7 +182,7 @@ class Solver:
         last = best.measure
         failed = torch.zeros(count, dtype=torch.bool, device=z.device)
         active = ~failed
-        all_active = True
+        all_active = count > 0
         nstep = torch.zeros(count, dtype=torch.int64, device=z.device)
         sizes: list[tuple[Tensor, Tensor]] = []
         states: dict[int, Tensor] = {}
@@ -202,8 +211,7 @@ class Solver:
                 finite = now.measure.isfinite()
                 failed = failed | ~finite
                 best = now.where(finite & (now.measure < best.measure), best)
-                total = now.measure.nan_to_num(nan=math.inf).amax() if count > 1 else None
-                if total is not None and bool(total < single.measure.amax()):
+                if count > 1 and bool(_total(now, failed) < _total(single, failed)):
                     single = now
                 # Recomputed, not accumulated: if f couples samples, one that had converged can rise above tol
                 # again as its neighbours move, and then it takes part again.
@@ -232,7 +240,7 @@ class Solver:
             if not bool(current.all()):
                 final = now.where(current, best)
                 if count > 1:
-                    final = self._measured_together(f, final, single)
+                    final = self._measured_together(f, final, single.where(~failed, best), failed)
         return self._solution(final, failed, nstep, f.calls, sizes, [states.get(r) for r in record])
 
     def _unknown(self, z: Tensor) -> Iterate:
@@ -242,15 +250,15 @@ class Solver:
     def _measured(self, z: Tensor, fz: Tensor) -> Iterate:
         """z with its residual, from fz = f(z)."""
         size, scale = per_sample(fz - z), per_sample(fz)
-        return Iterate(z, size, scale, size / _nonzero(scale) if self.stop_mode == "rel" else size)
+        return Iterate(z, size, scale, relative(size, scale) if self.stop_mode == "rel" else size)
 
-    def _measured_together(self, f: Map, mixed: Iterate, single: Iterate) -> Iterate:
+    def _measured_together(self, f: Map, mixed: Iterate, single: Iterate, failed: Tensor) -> Iterate:
         """`mixed` if its residuals hold when f sees those states at once, otherwise `single`."""
         now = self._measured(mixed.z, f(mixed.z))
         # At the level of rounding the residual is noise; 1.5 tells noise from coupling.
         noise = 64 * torch.finfo(now.size.dtype).eps * (now.scale if self.stop_mode == "abs" else 1.0)
-        holds = (now.measure <= 1.5 * mixed.measure + noise) | mixed.measure.isinf()
-        return now if bool(holds.all()) else single
+        holds = (now.measure <= 1.5 * mixed.measure + noise) | failed
+        return now.where(~failed, mixed) if bool(holds.all()) else single
 
     def _solution(
         self,
@@ -260,25 +268,28 @@ class Solver:
         nfe: int,
         sizes: list[tuple[Tensor, Tensor]],
         states: list[Tensor | None],
+        short_of: Status = Status.MAX_ITER,
     ) -> Solution:
-        """The account of a solve, from its final iterate and the norms (residual, scale) along the way."""
+        """The account of a solve, from its final iterate and the norms (residual, scale) along the way.
+
+        `short_of` is the status of samples that are finite and above the tolerance.
+        """
         met = (final.measure <= self.tol) & ~failed
-        status = torch.full_like(nstep, Status.MAX_ITER)
+        status = torch.full_like(nstep, short_of)
         status = status.masked_fill(met, Status.CONVERGED).masked_fill(failed, Status.NON_FINITE)
-        trace = torch.stack([size for size, _ in sizes]).nan_to_num(nan=math.inf, posinf=math.inf)
-        scale = _nonzero(torch.stack([scale for _, scale in sizes]))
-        size = final.size.nan_to_num(nan=math.inf, posinf=math.inf)
+        trace = torch.stack([size for size, _ in sizes])
+        scale = torch.stack([scale for _, scale in sizes])
         return Solution(
             z=final.z,
-            abs_residual=size,
-            rel_residual=(size / _nonzero(final.scale)).nan_to_num(nan=math.inf, posinf=math.inf),
+            abs_residual=_no_nan(final.size),
+            rel_residual=_no_nan(relative(final.size, final.scale)),
             stop_mode=self.stop_mode,
             tol=self.tol,
             status=status,
             nstep=nstep,
             nfe=nfe,
-            abs_trace=trace,
-            rel_trace=(trace / scale).nan_to_num(nan=math.inf, posinf=math.inf),
+            abs_trace=_no_nan(trace),
+            rel_trace=_no_nan(relative(trace, scale)),
             states=[final.z if s is None else s for s in states],
         )
 
@@ -299,9 +310,18 @@ class Iterate(NamedTuple):
         )
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """A divisor that makes 0 / 0 zero."""
-    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+def relative(size: Tensor, scale: Tensor) -> Tensor:
+    """size / scale, with 0 / 0 = 0, and finite (1e30) rather than infinite where only the scale is 0."""
+    return size / torch.maximum(scale, 1e-30 * size).clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def _total(iterate: Iterate, failed: Tensor) -> Tensor:
+    """The largest measure of the samples that have not failed, (): how good an evaluation is as a whole."""
+    return iterate.measure.masked_fill(failed, 0.0).amax()
+
+
+def _no_nan(size: Tensor) -> Tensor:
+    return size.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 class Tally:

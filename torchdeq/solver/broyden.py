@@ -76,9 +76,12 @@ class Broyden(Solver):
             return z + r, state._replace(z=z, r=r, d=r, n=0)
         accepted = self._accepted(r, state)
         us, vs, n = state.us, state.vs, state.n
-        if n == (self.m or self.max_iter):  # empty the memory: H = −I again
+        if n == (self.m or self.max_iter):  # empty the memory: H = −I again, for all
             us, vs, n = us[:, :0], vs[:, :0], 0
-            d = r
+            if accepted is not None:
+                z = torch.where(accepted[:, None], z, state.z)
+                r = torch.where(accepted[:, None], r, state.r)
+            return z + r, BroydenState(z, r, r, torch.ones_like(state.alpha), us, vs, n)
         else:
             us, vs = _with_room(us, n), _with_room(vs, n)
             u, v = us[:, :n], vs[:, :n]
@@ -89,7 +92,8 @@ class Broyden(Solver):
             # (B, 2): vᵀy, and vᵀr for the new direction
             vy, vr = torch.bmm(torch.stack((y, r), dim=1), vt[:, :, None])[:, :, 0].unbind(1)
             # Near 0 the secant equation says nothing; its usual size is ‖s‖², which it has at H = J⁻¹.
-            safe = vy.abs() > torch.finfo(z.dtype).eps * per_sample(s).square()
+            info = torch.finfo(z.dtype)
+            safe = vy.abs() > (info.eps * per_sample(s).square()).clamp_min(info.tiny / info.eps)
             inverse = torch.where(safe if accepted is None else safe & accepted, 1 / vy, 0.0)
             us[:, n] = w = (s - hy) * inverse[:, None]
             vs[:, n] = vt

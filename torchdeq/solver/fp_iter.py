@@ -45,7 +45,8 @@ class FixedPointIteration(Solver):
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: None) -> tuple[Tensor, None]:
         """z + τ (f(z) − z)."""
-        return (fz if self.tau == 1 else z.lerp(fz, self.tau)), None
+        # A copy: f may write its next output into the same memory.
+        return (fz.clone() if self.tau == 1 else z.lerp(fz, self.tau)), None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,15 +1,16 @@
-"""The caller's autocast state, kept for f and kept away from the solver's own sums.
+"""What a second evaluation of f must find again: the caller's autocast and random states.
 
-Autocast would turn the Gram matrices and inner products of a solver into half precision, so solvers run
-with it off; f must see what its author switched on, also when it is evaluated again in a backward pass.
+Autocast is also kept away from the solver's own sums, which it would turn into half precision.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,28 @@ class AutocastState:
         return torch.amp.is_autocast_available(self.device_type) and torch.is_autocast_enabled(
             self.device_type
         )
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of the random generators of the CPU and of one device."""
+
+    device: torch.device
+    cpu: Tensor
+    own: Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device) -> RandomState:
+        """The states now."""
+        module = None if device.type == "cpu" else torch.get_device_module(device)
+        return cls(device, torch.get_rng_state(), module.get_rng_state(device) if module else None)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """A context that begins with these states and leaves the generators as it found them."""
+        devices = [] if self.own is None else [self.device]
+        with torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"):
+            torch.set_rng_state(self.cpu)
+            if self.own is not None:
+                torch.get_device_module(self.device).set_rng_state(self.own, self.device)
+            yield
