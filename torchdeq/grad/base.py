@@ -22,6 +22,21 @@ class GradMethod:
     """A way to differentiate z* = f(z*). Its fields are its choices; it prints as the call that made it.
 
     A method supplies `attach`. One that must own the forward loop overrides `__call__`.
+
+    Example:
+        A method is a frozen dataclass with `attach`. This one is the one-step gradient.
+
+        >>> from dataclasses import dataclass
+        >>> import torch, torchdeq
+        >>> @dataclass(frozen=True, kw_only=True, repr=False)
+        ... class OneStep(GradMethod):
+        ...     def attach(self, f, z, *, on_backward=None):
+        ...         return [f(z)]
+        >>> x = torch.ones(2, 3, requires_grad=True)
+        >>> z, _ = torchdeq.DEQ(grad=OneStep())(lambda z: 0.5 * z + x, torch.zeros(2, 3))
+        >>> z.sum().backward()
+        >>> x.grad[0].tolist(), OneStep()
+        ([1.0, 1.0, 1.0], OneStep())
     """
 
     def attach(self, f: Map, z: Tensor, *, on_backward: OnBackward | None = None) -> list[Tensor]:

@@ -28,6 +28,14 @@ class GradFunctor:
 
     Arguments:
         method: the gradient method.
+
+    Example:
+        >>> functor = backward_factory(3, tau=0.7)
+        >>> functor.method
+        PhantomGrad(steps=3, tau=0.7)
+        >>> import torch
+        >>> [z.shape for z in functor(None, torch.cos, torch.zeros(2, 3))]
+        [torch.Size([2, 3])]
     """
 
     method: GradMethod

@@ -30,6 +30,27 @@ class AffineSolver(Solver):
     The estimate that a Krylov recurrence gives is the residual only if L treats samples separately and
     rounding is small. So the last evaluation goes to the residual itself, b − (I − L) u, and this is what
     `Solution.residual` reports and what `converged` means. `max_iter` includes it.
+
+    Example:
+        The Neumann series u = b + L b + L² b + …, as a method whose probe is the last term.
+
+        >>> from dataclasses import dataclass
+        >>> from typing import NamedTuple
+        >>> import torch
+        >>> class Series(NamedTuple):
+        ...     probe: torch.Tensor
+        ...     total: torch.Tensor
+        >>> @dataclass(frozen=True, kw_only=True, repr=False)
+        ... class Neumann(AffineSolver):
+        ...     def first(self, r):
+        ...         return Series(r, r)
+        ...     def advance(self, lp, state):
+        ...         return Series(lp, state.total + lp), lp.norm(dim=1)
+        ...     def correction(self, state, steps):
+        ...         return state.total
+        >>> sol = Neumann(tol=1e-5).run(AffineMap(lambda u: 0.5 * u, torch.ones(1, 2)))
+        >>> sol.converged.tolist(), [round(x, 3) for x in sol.z[0].tolist()]
+        ([True], [2.0, 2.0])
     """
 
     def first(self, r: Tensor) -> Any:

@@ -65,6 +65,21 @@ class Solver:
 
     Raises:
         ValueError: a hyperparameter is out of its range.
+
+    Example:
+        A method is a frozen dataclass with `init` and `step`; the loop does the rest.
+
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> @dataclass(frozen=True, kw_only=True, repr=False)
+        ... class Halfway(Solver):
+        ...     def init(self, z):
+        ...         return None
+        ...     def step(self, f, z, fz, state):
+        ...         return (z + fz) / 2, state
+        >>> sol = Halfway(tol=1e-4, max_iter=60)(torch.cos, torch.zeros(2, 3))
+        >>> sol.converged.tolist(), Halfway(tol=1e-4)
+        ([True, True], Halfway(tol=0.0001))
     """
 
     max_iter: int = 50

@@ -1,0 +1,34 @@
+"""What the command line says when it cannot do what was asked."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class UsageError(Exception):
+    """The arguments, or the machine, do not allow what was asked. Shown in one line, without a traceback.
+
+    Example:
+        >>> str(UsageError("--epochs 0: expected at least 1."))
+        '--epochs 0: expected at least 1.'
+    """
+
+
+def need(module: str) -> Any:
+    """An optional module, imported when a command needs it.
+
+    Raises:
+        UsageError: it is not installed.
+
+    Example:
+        >>> need("json").dumps([1])
+        '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"this command needs {module.partition('.')[0]}, which cannot be imported ({error}). Install it with: "
+            f'pip install "torchdeq[train,viz]"'
+        ) from error

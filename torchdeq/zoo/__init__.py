@@ -1,0 +1,1 @@
+"""Models: one file each, in the public names of torchdeq only."""
