@@ -23,6 +23,7 @@ import torch
 
 from torchdeq.core import CORES
 from torchdeq.grad import GRADS
+from torchdeq.solution import Status
 from torchdeq.solver import SOLVERS
 from torchdeq.utils.options import OPTIONS
 
@@ -169,6 +170,18 @@ def test_the_table_of_options_is_that_of_the_library() -> None:
     rows = [f"| `{o.name}` | `{o.default!r}` | {o.help} |" for o in OPTIONS]
     shown = [line for line in page.splitlines() if re.match(r"\| `\w+` \| `", line)]
     assert shown == rows
+
+
+def test_the_design_names_every_module_and_every_status() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    tree = design[design.index("torchdeq/\n") : design.index("## Floors")]
+    modules = [
+        path for folder in ("", "solver", "grad") for path in (ROOT / "torchdeq" / folder).glob("*.py")
+    ]
+    missing = [path.stem for path in modules if not re.search(rf"\b{path.stem}\b", tree)]
+    assert not missing
+    for status in Status:
+        assert f"| {status.value} | `{status.name}` |" in design
 
 
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ MODULES = {
 #: Modules and packages by floor; the longest name that fits decides.
 FLOORS = {
     "torchdeq._state": 0,
-    "torchdeq._autocast": 0,
+    "torchdeq._replay": 0,
     "torchdeq._suggest": 0,
     "torchdeq.solution": 0,
     "torchdeq.solver": 1,
