@@ -21,6 +21,7 @@ FLOORS = {
     "torchdeq._state": 0,
     "torchdeq._replay": 0,
     "torchdeq._suggest": 0,
+    "torchdeq._method": 0,
     "torchdeq.solution": 0,
     "torchdeq.solver": 1,
     "torchdeq.grad": 2,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from torchdeq._method import Method
 from torchdeq._state import Map
 from torchdeq.solution import Solution
 from torchdeq.solver.base import Solver
@@ -17,8 +16,8 @@ from torchdeq.solver.base import Solver
 OnBackward = Callable[[Solution], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradMethod:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GradMethod(Method):
     """A way to differentiate z* = f(z*). Its fields are its choices; it prints as the call that made it.
 
     A method supplies `attach`. One that must own the forward loop overrides `__call__`.
@@ -72,20 +71,3 @@ class GradMethod:
         with torch.no_grad():
             solution = solver.run(f, z0, record=record)
         return self.attach(f, solution.z, on_backward=on_backward), solution
-
-    def replace(self, **options: Any) -> Self:
-        """The same method with some fields changed."""
-        return dataclasses.replace(self, **options)
-
-    def require(self, condition: bool, message: str) -> None:
-        """Raise a ValueError that shows this method's call, unless `condition` holds."""
-        if not condition:
-            raise ValueError(f"{self!r}: {message}.")
-
-    def __repr__(self) -> str:
-        changed = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"{type(self).__name__}({', '.join(changed)})"

@@ -12,14 +12,14 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchdeq._method import Method
 from torchdeq._replay import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
-from torchdeq._suggest import did_you_mean
 from torchdeq.solution import Solution, Status
 
 
@@ -46,8 +46,8 @@ class AffineMap:
         return self.linear(u) + self.shift
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solver:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Solver(Method):
     """A method for z = f(z). Its fields are its hyperparameters; it prints as the call that made it.
 
     Calling a solver runs it: `Anderson(tol=1e-6)(f, z0)` returns a `Solution`. The call builds no
@@ -103,34 +103,6 @@ class Solver:
             self.stop_mode in ("abs", "rel"),
             f"stop_mode must be 'abs' or 'rel', got {self.stop_mode!r}",
         )
-
-    def require(self, condition: bool, message: str) -> None:
-        """Raise a ValueError that shows this solver's call, unless `condition` holds."""
-        if not condition:
-            raise ValueError(f"{self!r}: {message}.")
-
-    def replace(self, **options: Any) -> Self:
-        """The same solver with some hyperparameters changed.
-
-        Raises:
-            TypeError: there is no such hyperparameter; the nearest one is named.
-        """
-        known = [f.name for f in dataclasses.fields(self) if f.init]
-        for name in options:
-            if name not in known:
-                raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}.{did_you_mean(name, known)} "
-                    f"Its options are {', '.join(known)}."
-                )
-        return dataclasses.replace(self, **options) if options else self
-
-    def __repr__(self) -> str:
-        changed = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"{type(self).__name__}({', '.join(changed)})"
 
     # What a method supplies ---------------------------------------------------------------------------
 
