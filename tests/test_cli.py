@@ -98,6 +98,11 @@ def weights(config: TrainConfig) -> Tensor:
     return torch.cat([p.detach().flatten() for p in Run(TASKS["digits"], config).model.parameters()])
 
 
+def threads_of(config: TrainConfig) -> int:
+    with torchdeq.cli.train.cpu_threads(config.threads):
+        return torch.get_num_threads()
+
+
 #: For each option: a value, what shows that it is used, and other options it needs.
 EFFECTS: dict[str, tuple[Any, Callable[[TrainConfig], Any], dict[str, Any]]] = {
     "solver": ("broyden", LAYER, {}),
@@ -117,6 +122,7 @@ EFFECTS: dict[str, tuple[Any, Callable[[TrainConfig], Any], dict[str, Any]]] = {
     "channels": (8, lambda config: weights(config).shape, {}),
     "seed": (5, lambda config: (weights(config).sum().item(), first_order(config)), {}),
     "device": ("cpu:0", lambda config: config.torch_device(), {}),
+    "threads": (2, lambda config: threads_of(config), {}),
 }
 
 
@@ -154,6 +160,7 @@ def test_the_epochs_of_a_run_use_the_layer_of_its_configuration() -> None:
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--device", "meta"], "--device meta cannot be used"),
+        (["--threads", "0"], "--threads 0: expected at least 1"),
         (["--epochs", "0"], "--epochs 0: expected at least 1"),
         (["--batch-size", "1"], "--batch-size 1: "),
         (["--batch-size", "9999"], "--batch-size 9999: "),
@@ -212,7 +219,7 @@ def test_a_run_ends_with_its_accuracy_and_leaves_its_folder(
     last = printed.splitlines()[-1]
     assert re.fullmatch(r"test accuracy [01]\.\d{4}", last)
     assert re.search(r"^converged \d+ of 360 test samples to relative 1e-03", printed, re.M)
-    for method in ("IFT", "phantom", "unrolled"):
+    for method in ("as trained", "IFT", "phantom", "unrolled"):
         assert re.search(rf"^{method}", printed, re.M)
     assert sorted(p.name for p in finished.iterdir()) == [
         "config.json", "convergence.png", "gradients.md", "metrics.json", "model.safetensors", "state.pt"

@@ -73,6 +73,8 @@ class TrainConfig:
     channels: int = option(32, "channels of the state, a multiple of 4")
     seed: int = option(0, "seed of weights, order and augmentation; the test split is always the same")
     device: str = option("cpu", "device, such as cpu, cuda or cuda:1")
+    # On small images a second thread gains little, and costs a factor of ten while other programs run.
+    threads: int = option(1, "CPU threads that an operation may use")
 
     @classmethod
     def from_options(cls, given: Mapping[str, Any]) -> TrainConfig:
@@ -105,7 +107,7 @@ class TrainConfig:
         Raises:
             UsageError: a value cannot be used.
         """
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected at least 1.")
         if self.batch_size < 2:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq import DEQ, IFT, ConvergenceWarning, FixedPointIteration, as_solver
+from torchdeq import DEQ, ConvergenceWarning, FixedPointIteration, as_solver
 from torchdeq.cli.config import TrainConfig, add_options
 from torchdeq.cli.errors import UsageError, need
 from torchdeq.cli.folder import METRICS, PLOT, TABLE, RunFolder
@@ -64,19 +64,31 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--overwrite needs --out; without it every run gets a new folder anyway.")
     folder = RunFolder(args.out) if args.out else RunFolder.numbered(args.task, newest=args.resume)
     config = folder.config(args.task, given) if args.resume else TrainConfig.from_options(given)
-    training = Run(TASKS[args.task], config)
-    if not args.resume:
-        folder.start(args.task, config, overwrite=args.overwrite)
-    elif (state := folder.load()) is not None:
-        training.load_state_dict(state)
-    describe(training, folder)
-    try:
-        train(training, folder)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. Continue with: torchdeq train {args.task} --resume --out {folder.path}")
-        return 130
-    report(training, folder)
+    with cpu_threads(config.threads):
+        training = Run(TASKS[args.task], config)
+        if not args.resume:
+            folder.start(args.task, config, overwrite=args.overwrite)
+        elif (state := folder.load()) is not None:
+            training.load_state_dict(state)
+        describe(training, folder)
+        try:
+            train(training, folder)
+        except KeyboardInterrupt:
+            print(f"\nInterrupted. Continue with: torchdeq train {args.task} --resume --out {folder.path}")
+            return 130
+        report(training, folder)
     return 0
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """So many threads for one operation of torch, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def describe(training: Run, folder: RunFolder) -> None:
@@ -138,26 +150,23 @@ def report(training: Run, folder: RunFolder) -> None:
     print(f"test accuracy {evaluation.accuracy:.4f}")
 
 
-def gradients(training: Run) -> Comparison:
-    """The gradient methods on this model and one batch of its training data.
+def gradients(training: Run, tol: float = 1e-5) -> Comparison:
+    """The run's own gradient on a batch of its training data, and all methods where every solve goes to `tol`.
 
-    The forward solve is that of evaluation, so that what is compared is the backward.
+    At the tolerances of training, the residual of the forward solve would hide what the methods themselves err.
     """
     config = training.config
-    adjoint = config.adjoint_solver or "gmres"
-    loose, tight = (
-        as_solver(adjoint, tol=tol, max_iter=config.adjoint_max_iter or 40, stop_mode="rel")
-        for tol in (config.adjoint_tol or 1e-2, 1e-5)
+    adjoint = as_solver(
+        config.adjoint_solver or "gmres", tol=tol, max_iter=config.adjoint_max_iter or 40, stop_mode="rel"
     )
-    forward = config.forward_solver(config.eval_tol)
     candidates = [
-        Candidate(name=f"IFT, {adjoint} to {loose.tol:.0e}", grad=IFT(solver=loose)),
-        *default_candidates(forward, tight),
+        Candidate(name="as trained", grad=config.grad_method(), solver=config.forward_solver()),
+        *default_candidates(config.forward_solver(tol), adjoint),
     ]
     x, y = training.batch(torch.arange(min(64, config.batch_size)))
     training.model.train()
-    with equilibrium_layer(training.model, DEQ(forward)):
-        return compare_gradients(training.model, training.loss, x, y, candidates=candidates)
+    with equilibrium_layer(training.model, DEQ(config.forward_solver(tol))):
+        return compare_gradients(training.model, training.loss, x, y, candidates=candidates, repeats=5)
 
 
 @torch.no_grad()
