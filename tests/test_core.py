@@ -275,6 +275,12 @@ def test_row_17_modules_pickle_and_copy(core):
         assert torch.equal(other(f, f.z0)[0][-1], want)
 
 
+def test_prints_the_options_that_were_given():
+    assert (
+        repr(get_deq(f_solver="anderson", ift=True, f_tol=1e-3)) == "DEQSliced(f_solver='anderson', ift=True)"
+    )
+
+
 @CORES
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -133,6 +133,10 @@ def test_wrong_states_and_maps_teach(f, z0, kind, message, grad):
     [
         (lambda: DEQ("anderson"), TypeError, "as_solver makes one"),
         (lambda: DEQ(grad="ift"), TypeError, "as_grad makes one"),
+        (lambda: DEQ(grad=5), TypeError, "as_grad makes one"),
+        (lambda: DEQ(grad=IFT), TypeError, "as_grad makes one"),
+        (lambda: DEQ(grad=[]), TypeError, "as_grad makes one"),
+        (lambda: Anderson(max_iter=50.0), ValueError, r"Anderson\(max_iter=50.0\)"),
         (lambda: DEQ(grad=[IFT(), IFT()]), ValueError, "expected one gradient method"),
         (lambda: DEQ(batch_dims=3), ValueError, "expected 0, 1 or 2"),
         (lambda: IFT(solver="gmres"), ValueError, "as_solver makes one"),

@@ -37,6 +37,6 @@ class Method:
         changed = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
+            if getattr(self, f.name) != f.default or type(getattr(self, f.name)) is not type(f.default)
         ]
         return f"{type(self).__name__}({', '.join(changed)})"

@@ -88,9 +88,14 @@ class Layout:
                     f"a missing or an extra dimension, and that z0 has the batch size of the input."
                 )
             if leaf.dtype != dtype and not _fits(leaf.dtype, dtype):
+                wider = leaf.is_floating_point() or leaf.is_complex()
                 raise TypeError(
                     f"{source} returned dtype {leaf.dtype}{where}, but the state has dtype {dtype}. "
-                    f"Give z0 as {leaf.dtype}, or return z.to({dtype})."
+                    + (
+                        f"Give z0 as {leaf.dtype}, or return z.to({dtype})."
+                        if wider
+                        else f"Return z.to({dtype})."
+                    )
                 )
         return leaves
 

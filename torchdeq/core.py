@@ -87,7 +87,7 @@ class DEQBase(nn.Module):
         name = type(self).__name__
         check_keywords(given, NAMES, name)
         warn_near_misses(config, NAMES)
-        values = {o.name: o.in_signature for o in OPTIONS}
+        values = dict(_DEFAULTS)
         values |= {k: v for k, v in config.items() if k in values}
         values |= given
         self.args = DEQConfig({**config, **given})
@@ -130,6 +130,11 @@ class DEQBase(nn.Module):
             self.b_solver, max_iter=self.b_max_iter, tol=self.b_tol, stop_mode=self.b_stop_mode
         )
         return IFT(solver=solver, hook=hook)
+
+    def __repr__(self) -> str:
+        config = self.args.config
+        given = [f"{k}={config[k]!r}" for k in NAMES if k in config and config[k] != _DEFAULTS[k]]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def train_states(
         self, f: StateMap, z0: Tree, f_max_iter: int, solver_kwargs: Mapping[str, Any], report: Any
@@ -189,6 +194,7 @@ class DEQBase(nn.Module):
 
 
 StateMap = Callable[[Tree], Tree]
+_DEFAULTS = {o.name: o.in_signature for o in OPTIONS}
 
 
 @dataclass(frozen=True)

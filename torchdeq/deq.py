@@ -72,8 +72,8 @@ class DEQ(nn.Module):
                     f"DEQ({name}={value!r}): expected a Solver such as Anderson(tol=1e-4); as_solver makes one "
                     f"from a name."
                 )
-        methods = [grad] if isinstance(grad, GradMethod) else list(grad)
-        if not all(isinstance(method, GradMethod) for method in methods):
+        methods: list[Any] = list(grad) if isinstance(grad, list | tuple) else [grad]
+        if not methods or not all(isinstance(method, GradMethod) for method in methods):
             raise TypeError(
                 f"DEQ(grad={grad!r}): expected a GradMethod such as IFT() or a sequence of them; as_grad makes "
                 f"one from a name or a number of phantom steps."

@@ -70,7 +70,7 @@ class TrainConfig:
     epochs: int = option(15, "passes over the training data")
     batch_size: int = option(64, "samples in a training step")
     lr: float = option(1e-2, "largest learning rate of the one-cycle schedule")
-    channels: int = option(32, "channels of the state, a multiple of 4")
+    channels: int = option(24, "channels of the state, a multiple of 4")
     seed: int = option(0, "seed of weights, order and augmentation; the test split is always the same")
     device: str = option("cpu", "device, such as cpu, cuda or cuda:1")
     # On small images a second thread gains little, and costs a factor of ten while other programs run.

@@ -32,7 +32,7 @@ def spectral_radius(
         generator: for the random start; None for the global one.
 
     Returns:
-        (B,), zero where J is zero.
+        (B,), zero to rounding where J is zero.
 
     Example:
         >>> import math

@@ -1,6 +1,6 @@
 """A convolutional equilibrium model of small grey images, a contraction by construction.
 
-    z = relu(W z + b + x̂),   x̂ = groupnorm(U x),   ‖W‖₂ = ρ < 1,
+    z = relu(W z + b + x̂),   x̂ = groupnorm(U₂ relu(U₁ x)),   ‖W‖₂ = ρ < 1,
     logits = A pool(batchnorm(z)) + a.
 
 relu does not expand distances, so f contracts by ρ: z* exists, is unique, and the adjoint system is well conditioned.
@@ -8,7 +8,8 @@ W = ρ K / ‖K‖₂ with K a 3×3 convolution, whose norm as an operator on im
 iteration per training step, as in Miyato et al. (2018), arXiv 1802.05957, on the convolution itself rather than on
 the kernel as a matrix.
 
-On scikit-learn's digits the equilibrium is worth half a percent: without it (W = 0) accuracy drops from .993 to .988.
+On scikit-learn's digits the equilibrium is worth a third of a percent: the same model with W ≈ 0 reaches .991, with
+ρ = 0.9 it reaches .995 (means over seeds and splits, 12 and 10 runs).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class DigitsDEQ(nn.Module):
         self,
         deq: DEQ | None = None,
         *,
-        channels: int = 32,
+        channels: int = 24,
         contraction: float = 0.9,
         classes: int = 10,
         size: int = 8,
@@ -62,7 +63,12 @@ class DigitsDEQ(nn.Module):
             raise ValueError(f"DigitsDEQ(channels={channels!r}): expected a positive multiple of 4.")
         self.deq = deq or DEQ(Anderson(tol=1e-2, stop_mode="rel"), IFT(solver=GMRES(tol=1e-2)))
         self.contraction = contraction
-        self.inject = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(4, channels))
+        self.inject = nn.Sequential(
+            nn.Conv2d(1, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(4, channels),
+        )
         self.block = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.orthogonal_(self.block.weight)
         self.head = nn.Sequential(
