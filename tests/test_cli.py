@@ -136,12 +136,12 @@ def test_every_option_changes_what_happens(name: str) -> None:
 
 
 def test_the_epochs_of_a_run_use_the_layer_of_its_configuration() -> None:
-    config = TrainConfig(solver="fixed_point_iter", eval_tol=1e-6, grad="phantom", batch_size=512, channels=4)
+    config = TrainConfig(solver="fixed_point_iter", eval_tol=5e-3, grad="phantom", batch_size=512, channels=4)
     run = Run(TASKS["digits"], config)
     assert repr(run.model.deq.solver) == repr(config.forward_solver())
     run.train_epoch(lambda means: None)
     assert "vjps" not in run.history[0]
-    assert run.evaluate().solution.tol == 1e-6
+    assert run.evaluate().solution.tol == 5e-3
 
 
 @pytest.mark.parametrize(
