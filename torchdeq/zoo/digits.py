@@ -8,8 +8,8 @@ W = ρ K / ‖K‖₂ with K a 3×3 convolution, whose norm as an operator on im
 iteration per training step, as in Miyato et al. (2018), arXiv 1802.05957, on the convolution itself rather than on
 the kernel as a matrix.
 
-On scikit-learn's digits the equilibrium is worth a third of a percent: the same model with W ≈ 0 reaches .991, with
-ρ = 0.9 it reaches .995 (means over seeds and splits, 12 and 10 runs).
+On scikit-learn's digits the equilibrium is worth about two images in 360: over seeds 0 to 3 `torchdeq train digits`
+ends at a mean accuracy of .9937, and at .9882 with ρ = 1e-6, where nothing is left to iterate.
 """
 
 from __future__ import annotations
