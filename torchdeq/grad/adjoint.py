@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torchdeq._state import Map, per_sample
 from torchdeq.solution import Solution
-from torchdeq.solver.base import AffineMap, Solver
+from torchdeq.solver.base import Solver
+from torchdeq.solver.maps import AffineMap
 
 
 def solve_adjoint(vjp: Map, g: Tensor, solver: Solver) -> tuple[Tensor, Solution]:

@@ -6,7 +6,7 @@ it solves. See `torchdeq.solver.base` for the loop they share.
 
 from torchdeq.solver.affine import AffineSolver
 from torchdeq.solver.anderson import Anderson
-from torchdeq.solver.base import AffineMap, Solver
+from torchdeq.solver.base import Solver
 from torchdeq.solver.broyden import Broyden
 from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
 from torchdeq.solver.functional import (
@@ -18,6 +18,7 @@ from torchdeq.solver.functional import (
     simple_fixed_point_iter,
 )
 from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.maps import AffineMap
 from torchdeq.solver.registry import SOLVERS, FunctionSolver, as_solver, register_solver
 from torchdeq.solver.stat import SolverStat, solver_stat_from_final_step
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from torchdeq._state import Map, per_sample
 from torchdeq.solution import Solution, Status
-from torchdeq.solver.base import AffineMap, Iterate, Solver, Tally, relative
+from torchdeq.solver.base import Iterate, Solver, relative
+from torchdeq.solver.maps import AffineMap, Tally
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -21,29 +21,7 @@ from torchdeq._method import Method
 from torchdeq._replay import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
 from torchdeq.solution import Solution, Status
-
-
-@dataclass(frozen=True, eq=False)
-class AffineMap:
-    """f(u) = linear(u) + shift, a map that is known to be affine.
-
-    Krylov solvers need to know; and every solver gets f(0) = shift without an evaluation.
-
-    Arguments:
-        linear: the linear part, shape-preserving.
-        shift: the constant part, in the shape of the state.
-
-    Example:
-        >>> f = AffineMap(lambda u: 0.5 * u, torch.ones(1, 2))
-        >>> f(torch.ones(1, 2))
-        tensor([[1.5000, 1.5000]])
-    """
-
-    linear: Callable[[Any], Any]
-    shift: Any
-
-    def __call__(self, u: Tensor) -> Tensor:
-        return self.linear(u) + self.shift
+from torchdeq.solver.maps import AffineMap, Tally
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -309,22 +287,6 @@ def _total(iterate: Iterate, failed: Tensor) -> Tensor:
 
 def _no_nan(size: Tensor) -> Tensor:
     return size.nan_to_num(nan=math.inf, posinf=math.inf)
-
-
-class Tally:
-    """f with its calls counted, evaluated under the caller's autocast state."""
-
-    def __init__(self, f: Map, amp: AutocastState):
-        self.f = f
-        self.amp = amp
-        self.calls = 0
-
-    def __call__(self, z: Tensor) -> Tensor:
-        self.calls += 1
-        if not self.amp.enabled:
-            return self.f(z)
-        with self.amp.on():
-            return self.f(z)
 
 
 def start_of(f: Map) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torchdeq._suggest import did_you_mean
 from torchdeq.solution import Solution
 from torchdeq.solver.anderson import Anderson
-from torchdeq.solver.base import Solver, Tally, start_of
+from torchdeq.solver.base import Solver, start_of
 from torchdeq.solver.broyden import Broyden
 from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
 from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.maps import Tally
 
 #: Registered solvers by name. Tests, the command line and the benchmarks read this table.
 SOLVERS: dict[str, type[Solver] | Callable[..., Any]] = {
