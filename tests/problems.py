@@ -42,6 +42,13 @@ class TanhMap:
         return self.w, self.x
 
 
+class SymmetricMap(TanhMap):
+    """f(z) = z − ¼ (z + tanh(z Wᵀ) W − x), a step of gradient descent: I − J is symmetric positive definite."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z - (z + torch.tanh(z @ self.w.T) @ self.w - self.x) / 4
+
+
 @dataclass
 class CoupledMap:
     """f(z) = tanh(A vec(z) + x) with a dense A over the whole batch: every sample sees every other."""

@@ -31,7 +31,7 @@ def test_prints_pickles_and_copies_as_the_call_that_made_it():
     assert repr(deq) == "DEQ(Broyden(m=10), PhantomGrad(steps=3), record=(2,), throw=True)"
     for other in (pickle.loads(pickle.dumps(deq)), copy.deepcopy(deq)):
         assert repr(other) == repr(deq)
-    assert repr(DEQ()) == "DEQ(Anderson(), IFT())"
+    assert repr(DEQ()) == "DEQ(Multisecant(), IFT())"
 
 
 @pytest.mark.parametrize("training", [True, False])

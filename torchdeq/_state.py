@@ -13,6 +13,9 @@ same structure, shapes and dtypes.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +43,7 @@ class Layout:
         sizes: real numbers per sample in each leaf.
         batch: B, the number of samples.
         dtype: dtype of the (B, D) tensor, at least float32.
+        depth: how many leading dimensions of the leaves count samples.
     """
 
     spec: Any
@@ -48,6 +52,7 @@ class Layout:
     sizes: tuple[int, ...]
     batch: int
     dtype: torch.dtype
+    depth: int
 
     def unravel(self, z: Tensor) -> Tree:
         """The (B, D) tensor `z` in the structure of the state. A view wherever dtypes allow."""
@@ -66,6 +71,11 @@ class Layout:
             for leaf, size, dtype in zip(leaves, self.sizes, self.dtypes, strict=True)
         ]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+    def select(self, count: int) -> Layout:
+        """The layout of `count` samples."""
+        shapes = tuple(torch.Size((count, *shape[1:])) for shape in self.shapes)
+        return dataclasses.replace(self, shapes=shapes, batch=count)
 
     def _leaves(self, tree: Tree, source: str) -> list[Tensor]:
         if isinstance(tree, Tensor) and self.spec.is_leaf():
@@ -154,6 +164,7 @@ def layout_of(z0: Tree, batch_dims: int = 1) -> Layout:
         sizes=tuple(math.prod(leaf.shape[depth:]) * (2 if leaf.is_complex() else 1) for leaf in leaves),
         batch=batch,
         dtype=dtype,
+        depth=depth,
     )
 
 
@@ -196,8 +207,41 @@ class FlatMap:
             )
         return fz
 
+    def select(self, rows: Tensor) -> FlatMap:
+        """The map on the samples `rows` alone, which gets their numbers as the keyword `rows` if it has one.
+
+        Raises:
+            ValueError: samples are not the rows of the state.
+        """
+        if self.layout.depth != 1:
+            raise ValueError(
+                f"compact=True leaves finished samples out of the batch, the first dimension of the state; it cannot "
+                f"with batch_dims={self.layout.depth}. Use compact=False."
+            )
+        bound = self.f
+        if isinstance(bound, functools.partial) and "rows" in bound.keywords:  # a selection of a selection
+            f, rows = bound.func, bound.keywords["rows"][rows]
+        else:
+            f = bound
+        if takes_rows(f):
+            f = functools.partial(f, rows=rows)
+        return FlatMap(f, self.layout.select(len(rows)))
+
     def __repr__(self) -> str:
         return f"FlatMap({self.f!r})"
+
+
+def takes_rows(f: Callable[..., Any]) -> bool:
+    """Whether f has a parameter `rows`, the numbers of the samples it is asked about."""
+    try:
+        return "rows" in inspect.signature(getattr(f, "forward", f)).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
+
+
+def select_rows(f: Map, rows: Tensor) -> Map:
+    """f, a map (B, D) -> (B, D), for some of its samples. A bare map is taken to be the same for all."""
+    return f.select(rows) if isinstance(f, FlatMap) else f
 
 
 def per_sample(z: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torchdeq.grad.factory import BackwardReport, Writer
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.solution import Reporter, Solution
-from torchdeq.solver.base import Solver, checked_record
+from torchdeq.solver.base import SolverLoop, checked_record
 from torchdeq.solver.registry import as_solver
 from torchdeq.solver.stat import SolverStat
 from torchdeq.utils.config import DEQConfig
@@ -97,7 +97,7 @@ class DEQBase(nn.Module):
             solver = as_solver(values[f"{prefix}_solver"])
             for option in ("max_iter", "tol", "stop_mode"):
                 key = f"{prefix}_{option}"
-                own = isinstance(values[f"{prefix}_solver"], Solver) and key not in given
+                own = isinstance(values[f"{prefix}_solver"], SolverLoop) and key not in given
                 setattr(self, key, getattr(solver, option) if own else values[key])
         self.f_max_iter: int = int(self.f_max_iter)
         self.b_max_iter: int = int(self.b_max_iter)
@@ -117,7 +117,7 @@ class DEQBase(nn.Module):
     def _options(self, values: Mapping[str, Any]) -> None:
         """Read what a subclass adds."""
 
-    def _solver(self, max_iter: int, solver_kwargs: Mapping[str, Any]) -> Solver:
+    def _solver(self, max_iter: int, solver_kwargs: Mapping[str, Any]) -> SolverLoop:
         """The forward solver with these settings."""
         solver: Any = self.f_solver
         if self.no_stat and solver == "fixed_point_iter":

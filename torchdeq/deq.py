@@ -13,8 +13,8 @@ from torchdeq._state import FlatMap, Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.solution import Reporter, Solution
-from torchdeq.solver.anderson import Anderson
-from torchdeq.solver.base import Solver, unravel_solution
+from torchdeq.solver.base import SolverLoop, unravel_solution
+from torchdeq.solver.multisecant import Multisecant
 
 FORWARD_REMEDY = (
     "The returned state is the best one found, not a fixed point to this tolerance. Raise max_iter or tol, try "
@@ -56,10 +56,10 @@ class DEQ(nn.Module):
 
     def __init__(
         self,
-        solver: Solver = Anderson(),  # noqa: B008 - frozen
+        solver: SolverLoop = Multisecant(),  # noqa: B008 - frozen
         grad: GradMethod | Sequence[GradMethod] = IFT(),  # noqa: B008 - frozen
         *,
-        eval_solver: Solver | None = None,
+        eval_solver: SolverLoop | None = None,
         record: Sequence[int] = (),
         batch_dims: int = 1,
         throw: bool = False,
@@ -67,7 +67,7 @@ class DEQ(nn.Module):
     ):
         super().__init__()
         for name, value in (("solver", solver), ("eval_solver", eval_solver or solver)):
-            if not isinstance(value, Solver):
+            if not isinstance(value, SolverLoop):
                 raise TypeError(
                     f"DEQ({name}={value!r}): expected a Solver such as Anderson(tol=1e-4); as_solver makes one "
                     f"from a name."
@@ -145,7 +145,7 @@ class DEQ(nn.Module):
 def solve_and_attach(
     f: Callable[[Tree], Tree],
     z0: Tree,
-    solver: Solver,
+    solver: SolverLoop,
     methods: Sequence[GradMethod],
     *,
     record: Sequence[int] = (),

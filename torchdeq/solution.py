@@ -39,7 +39,8 @@ class Status(IntEnum):
 _SENTENCES = {
     Status.CONVERGED: "the residual is at most tol.",
     Status.MAX_ITER: "max_iter evaluations of f were made and the residual is still above tol.",
-    Status.STALLED: "the solver cannot bring the residual further down, though evaluations are left.",
+    Status.STALLED: "evaluations are left, but the residual falls no further: it is at the level of rounding, or the "
+    "solver has no direction left.",
     Status.NON_FINITE: "f returned a non-finite value; the best finite iterate before it is returned.",
 }
 
@@ -48,6 +49,14 @@ class ConvergenceWarning(UserWarning):
     """A solve ended with at least one sample whose residual is above the tolerance.
 
     >>> issubclass(ConvergenceWarning, UserWarning)
+    True
+    """
+
+
+class CouplingWarning(UserWarning):
+    """A solve took samples for separate that f couples, fell short, and was done again with them as one.
+
+    >>> issubclass(CouplingWarning, UserWarning)
     True
     """
 
@@ -78,6 +87,7 @@ class Solution:
             non-finite one shows inf.
         rel_trace: the same, relative, (N, B).
         states: the states asked for with `record`, in that order, each in the structure of z0.
+        coupled: whether f was seen to couple the samples. False means that nothing was seen, not that it does not.
 
     Example:
         >>> import torch, torchdeq
@@ -99,6 +109,7 @@ class Solution:
     abs_trace: Tensor
     rel_trace: Tensor
     states: list[Tree] = field(default_factory=list)
+    coupled: bool = False
 
     @property
     def residual(self) -> Tensor:
@@ -179,10 +190,10 @@ class Reporter:
         if self.throw:
             raise ConvergenceError(f"{problem} {self.remedy}")
         if self.unconverged == 1:
-            warnings.warn(f"{problem} {self.remedy}", ConvergenceWarning, stacklevel=_callers_level())
+            warnings.warn(f"{problem} {self.remedy}", ConvergenceWarning, stacklevel=callers_level())
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The `stacklevel` that names the line of the user's that led here, past this library's and torch's."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (

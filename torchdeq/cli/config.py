@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from torchdeq import DEQ, GRADS, SOLVERS, ConvergenceWarning, GradMethod, Solver, as_grad, as_solver
+from torchdeq import DEQ, GRADS, SOLVERS, ConvergenceWarning, GradMethod, as_grad, as_solver
 from torchdeq.cli.errors import UsageError
-from torchdeq.solver import AffineSolver
+from torchdeq.solver import AffineSolver, SolverLoop
 
 #: The field of a gradient method that an option sets. An option that is not here concerns every method.
 GRAD_FIELDS = {
@@ -144,7 +144,7 @@ class TrainConfig:
         """The device of the run."""
         return torch.device(self.device)
 
-    def forward_solver(self, tol: float | None = None) -> Solver:
+    def forward_solver(self, tol: float | None = None) -> SolverLoop:
         """The forward solver, at `tol` rather than that of training if it is given."""
         tol = self.tol if tol is None else tol
         return as_solver(self.solver, tol=tol, max_iter=self.max_iter, stop_mode="rel")

@@ -19,7 +19,7 @@ from torchdeq.diagnostics.memory import SavedBytes
 from torchdeq.diagnostics.table import Comparison, Row
 from torchdeq.grad import IFT, GradMethod, PhantomGrad, Unroll
 from torchdeq.solution import ConvergenceError, ConvergenceWarning, Solution
-from torchdeq.solver import GMRES, Anderson, FixedPointIteration, Solver
+from torchdeq.solver import GMRES, Anderson, FixedPointIteration, SolverLoop
 
 Loss = Callable[..., Tensor]
 
@@ -35,10 +35,10 @@ class Candidate:
 
     name: str
     grad: GradMethod
-    solver: Solver | None = None
+    solver: SolverLoop | None = None
 
 
-def default_candidates(solver: Solver, adjoint: Solver | None = None) -> list[Candidate]:
+def default_candidates(solver: SolverLoop, adjoint: SolverLoop | None = None) -> list[Candidate]:
     """The methods that `compare_gradients` compares unless told otherwise.
 
     Arguments:
@@ -218,7 +218,7 @@ def _exact_gradient(model: nn.Module, loss: Loss, inputs: Any, tol: float) -> Te
 def _with_method(
     model: nn.Module,
     grad: GradMethod,
-    solver: Solver | None,
+    solver: SolverLoop | None,
     forward: list[Solution],
     adjoint: list[Solution],
     throw: bool = False,
@@ -241,7 +241,7 @@ def _with_method(
     return copy.deepcopy(model, memo)
 
 
-def _forward_solver(deq: DEQ) -> Solver:
+def _forward_solver(deq: DEQ) -> SolverLoop:
     return deq.solver if deq.training or deq.eval_solver is None else deq.eval_solver
 
 

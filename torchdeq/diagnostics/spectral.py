@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchdeq._state import FlatMap, Tree, layout_of
+from torchdeq._state import FlatMap, Tree, layout_of, per_sample
 from torchdeq.solver.gmres import GMRES
 
 
@@ -51,10 +51,10 @@ def spectral_radius(
         return at.new_zeros(at.shape[0])
     # Arnoldi for A = I − Jᵀ, as in GMRES, which keeps H = Qᵀ R; the eigenvalues of Jᵀ are 1 − those of A.
     krylov = GMRES()
-    state = krylov.first(start)
+    state = krylov.first(start / per_sample(start)[:, None])
     for _ in range(min(steps, at.shape[1])):
         (product,) = torch.autograd.grad(image, at, state.probe, retain_graph=True, allow_unused=True)
-        state, _ = krylov.advance(torch.zeros_like(at) if product is None else product, state)
+        state, _ = krylov.advance(state.probe if product is None else state.probe - product, state)
     j = state.j
     h = state.rotation[:, : j + 1, :j].mT @ state.r[:, : j + 1, :j]  # (B, j, j)
     unused = state.basis[:, :j].abs().amax(dim=2) == 0  # beyond an invariant subspace

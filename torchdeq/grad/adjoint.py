@@ -7,18 +7,20 @@ that a gradient does not depend on the scale of the loss, nor one sample's accur
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
-from torchdeq._state import Map, per_sample
+from torchdeq._state import Layout, Map, per_sample
 from torchdeq.solution import Solution
-from torchdeq.solver.base import Solver
+from torchdeq.solver.base import SolverLoop
+from torchdeq.solver.coupling import couples_samples
 from torchdeq.solver.maps import AffineMap
 
 
-def solve_adjoint(vjp: Map, g: Tensor, solver: Solver) -> tuple[Tensor, Solution]:
+def solve_adjoint(
+    vjp: Map, g: Tensor, solver: SolverLoop, layout: Layout | None = None
+) -> tuple[Tensor, Solution]:
     """Solve u = Jᵀ u + g.
 
     A Krylov space per sample is right only where f treats samples separately. Where a solve ends short of
@@ -29,6 +31,7 @@ def solve_adjoint(vjp: Map, g: Tensor, solver: Solver) -> tuple[Tensor, Solution
         vjp: u -> Jᵀ u, (B, D) -> (B, D).
         g: the cotangent, (B, D).
         solver: any solver; its `tol` is relative to ‖g‖.
+        layout: which leaves the D numbers belong to, for a solver with norm='max'; None if that is not known.
 
     Returns:
         u (B, D), and the `Solution`, whose residuals are ‖g − (I − Jᵀ) u‖ / ‖g‖ per sample.
@@ -44,29 +47,14 @@ def solve_adjoint(vjp: Map, g: Tensor, solver: Solver) -> tuple[Tensor, Solution
     def linear(u: Tensor) -> Tensor:
         return vjp(u * weight) / weight
 
-    solution = solver.run(AffineMap(linear, unit))
+    solution = solver.run(AffineMap(linear, unit), layout=layout, together=False)
     if g.shape[0] > 1 and not bool(solution.converged.all()) and couples_samples(linear, unit):
         solution, u = _solve_together(vjp, g, solver, spent=solution.nfe + 2)
         return u, solution
     return solution.z * size, solution
 
 
-def couples_samples(linear: Map, u: Tensor) -> bool:
-    """Whether the linear map mixes samples: whether it fails to commute with scaling each sample by itself.
-
-    Scaling by powers of two is exact in floating point, so only rounding inside the map can blur the answer.
-    Two products with the map.
-    """
-    # Fixed at random: regular exponents would miss couplings at a distance of their period.
-    exponents = torch.randint(-6, 7, (u.shape[0], 1), generator=torch.Generator().manual_seed(0))
-    scale = torch.exp2(exponents.to(u.dtype)).to(u.device)  # (B, 1)
-    image = linear(u)
-    apart = per_sample(linear(u * scale) / scale - image)
-    level = math.sqrt(torch.finfo(u.dtype).eps) * (per_sample(image) + per_sample(u))
-    return bool((apart > level).any())
-
-
-def _solve_together(vjp: Map, g: Tensor, solver: Solver, spent: int) -> tuple[Solution, Tensor]:
+def _solve_together(vjp: Map, g: Tensor, solver: SolverLoop, spent: int) -> tuple[Solution, Tensor]:
     """The system with the batch as one sample; residuals relative to the norm of the whole g."""
     shape, count = g.shape, g.shape[0]
     flat = g.reshape(1, -1)
@@ -76,7 +64,7 @@ def _solve_together(vjp: Map, g: Tensor, solver: Solver, spent: int) -> tuple[So
     def linear(u: Tensor) -> Tensor:
         return vjp(u.reshape(shape)).reshape(1, -1)
 
-    solution = solver.run(AffineMap(linear, flat / size))
+    solution = solver.run(AffineMap(linear, flat / size), together=False)
     u = (solution.z * size).reshape(shape)
     for_all = dataclasses.replace(
         solution,

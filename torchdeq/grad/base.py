@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdeq._method import Method
 from torchdeq._state import Map
 from torchdeq.solution import Solution
-from torchdeq.solver.base import Solver
+from torchdeq.solver.base import SolverLoop
 
 OnBackward = Callable[[Solution], None]
 
@@ -58,7 +58,7 @@ class GradMethod(Method):
         self,
         f: Map,
         z0: Tensor,
-        solver: Solver,
+        solver: SolverLoop,
         *,
         record: Sequence[int] = (),
         on_backward: OnBackward | None = None,

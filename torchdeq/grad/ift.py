@@ -22,7 +22,7 @@ from torchdeq._state import Map, per_sample
 from torchdeq.grad.adjoint import solve_adjoint
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.solution import Reporter
-from torchdeq.solver.base import Solver
+from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.gmres import GMRES
 
 ADJOINT_REMEDY = (
@@ -52,12 +52,12 @@ class IFT(GradMethod):
         4.0
     """
 
-    solver: Solver = GMRES(tol=1e-5)  # noqa: RUF009 - frozen
+    solver: SolverLoop = GMRES(tol=1e-5)  # noqa: RUF009 - frozen
     hook: bool = False
 
     def __post_init__(self) -> None:
         self.require(
-            isinstance(self.solver, Solver),
+            isinstance(self.solver, SolverLoop),
             f"solver must be a Solver such as GMRES(tol=1e-6), got {self.solver!r}; "
             f"as_solver makes one from a name",
         )
@@ -109,7 +109,9 @@ class IFT(GradMethod):
         def vjp(u: Tensor) -> Tensor:
             if not fz.requires_grad:  # f does not depend on z
                 return torch.zeros_like(u)
-            (ju,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True)
+            # A solver that needs J too, the transpose of u -> Jᵀu, gets it by differentiating this product.
+            again = torch.is_grad_enabled() and u.requires_grad
+            (ju,) = torch.autograd.grad(fz, z, u, retain_graph=True, create_graph=again, allow_unused=True)
             return torch.zeros_like(u) if ju is None else ju
 
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torchdeq._state import Map
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.solution import Solution
-from torchdeq.solver.base import Solver
+from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.fp_iter import FixedPointIteration
 
 
@@ -46,7 +46,7 @@ class Unroll(GradMethod):
         self,
         f: Map,
         z0: Tensor,
-        solver: Solver,
+        solver: SolverLoop,
         *,
         record: Sequence[int] = (),
         on_backward: OnBackward | None = None,

@@ -9,64 +9,101 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdeq._state import Map, per_sample
-from torchdeq.solution import Solution, Status
-from torchdeq.solver.base import Iterate, Solver, relative
-from torchdeq.solver.maps import AffineMap, Tally
+from torchdeq._state import Layout, Map, per_sample
+from torchdeq.solution import Solution
+from torchdeq.solver.base import Solver
+from torchdeq.solver.maps import AffineMap, Operator, Tally
+from torchdeq.solver.watch import Iterate, leaf_max, relative
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AffineSolver(Solver):
     """A solver of u = L u + b, that is of (I − L) u = b. It accepts only an `AffineMap`.
 
-    A method supplies `first` (its state from the residual b − (I − L) u₀), `advance` (from L at the last probe:
-    the new state with the next probe and a residual estimate), and `correction` (the u − u₀ that the
-    state stands for).
+    A method supplies `first` (its state from a unit residual), `advance` (from A at the last probe: the state
+    with the next probe, and a residual estimate), and `correction` (what the state adds to the start). A is
+    I − L. With a preconditioner P it is (I − L) P, and the correction is multiplied by P at the end; a method
+    does not notice. The loop hands a method residuals of norm 1, so that no scale of b overflows its products.
+
+    A sample stops where its estimate reaches the tolerance, where a product is not finite, and where the next probe
+    is zero, by which a method says that it can do no more.
 
     The estimate that a Krylov recurrence gives is the residual only if L treats samples separately and
     rounding is small. So the last evaluation goes to the residual itself, b − (I − L) u, and this is what
-    `Solution.residual` reports and what `converged` means. `max_iter` includes it.
+    `Solution.residual` reports and what `converged` means. `max_iter` includes it. A relative residual is divided by
+    ‖b‖. `min_iter`, `patience`, `compact` and `return_final` are for iterations of f and have no effect.
 
     Example:
-        The Neumann series u = b + L b + L² b + …, as a method whose probe is the last term.
+        Orthomin(1): u ← u + ω r with the ω that makes the residual smallest. The probe is the residual.
 
         >>> from dataclasses import dataclass
         >>> from typing import NamedTuple
         >>> import torch
-        >>> class Series(NamedTuple):
+        >>> class Descent(NamedTuple):
         ...     probe: torch.Tensor
-        ...     total: torch.Tensor
+        ...     u: torch.Tensor
         >>> @dataclass(frozen=True, kw_only=True, repr=False)
-        ... class Neumann(AffineSolver):
+        ... class MinimalResidual(AffineSolver):
         ...     def first(self, r):
-        ...         return Series(r, r)
-        ...     def advance(self, lp, state):
-        ...         return Series(lp, state.total + lp), lp.norm(dim=1)
+        ...         return Descent(r, torch.zeros_like(r))
+        ...     def advance(self, ap, state):
+        ...         r, u = state
+        ...         omega = (dot(ap, r) / dot(ap, ap))[:, None]
+        ...         return Descent(r - omega * ap, u + omega * r), (r - omega * ap).norm(dim=1)
         ...     def correction(self, state, steps):
-        ...         return state.total
-        >>> sol = Neumann(tol=1e-5).run(AffineMap(lambda u: 0.5 * u, torch.ones(1, 2)))
+        ...         return state.u
+        >>> f = AffineMap(lambda u: u * torch.tensor([0.5, -0.5]), torch.ones(1, 2))
+        >>> sol = MinimalResidual(tol=1e-5).run(f)
         >>> sol.converged.tolist(), [round(x, 3) for x in sol.z[0].tolist()]
-        ([True], [2.0, 2.0])
+        ([True], [2.0, 0.667])
     """
 
+    #: Whether a sample's last iterate is its best, and `correction` still gives it after further steps at a zero
+    #: probe. Otherwise the loop keeps each sample's best.
+    monotone: ClassVar[bool] = False
+    #: Whether the method allows a preconditioner.
+    preconditionable: ClassVar[bool] = True
+    #: Whether the method needs I − L to be symmetric.
+    symmetric_only: ClassVar[bool] = False
+
     def first(self, r: Tensor) -> Any:
-        """The state that has r (B, D) as residual; its field `probe` (B, D) is where L is wanted first."""
+        """The state that has r (B, D) as residual, of norm 1 or 0 per sample.
+
+        A `NamedTuple`; its field `probe` (B, D) is where A is wanted first.
+        """
         raise NotImplementedError
 
-    def advance(self, lp: Tensor, state: Any) -> tuple[Any, Tensor]:
-        """The state after L(state.probe) = lp has become known, and the estimated residual norms (B,)."""
+    def advance(self, ap: Tensor, state: Any) -> tuple[Any, Tensor]:
+        """The state after A state.probe = ap (B, D) has become known, and the estimated residual norms (B,)."""
         raise NotImplementedError
 
     def correction(self, state: Any, steps: Tensor) -> Tensor:
         """What the first `steps` (B,) steps of each sample add to its start, (B, D)."""
         raise NotImplementedError
 
-    def run(self, f: Map, z0: Tensor | None = None, *, record: Sequence[int] = ()) -> Solution:
+    def product(self, operator: Operator, state: Any) -> Tensor:
+        """A at the probe, (B, D). A method that needs products with Aᵀ makes them here."""
+        return operator(state.probe)
+
+    @property
+    def cycle(self) -> int | None:
+        """After how many steps a new space begins at the true residual; None: only to mend rounding."""
+        return None
+
+    def run(
+        self,
+        f: Map,
+        z0: Tensor | None = None,
+        *,
+        record: Sequence[int] = (),
+        layout: Layout | None = None,
+        together: bool = True,
+    ) -> Solution:
         """See `Solver.run`. `z0=None` starts at 0, where the residual is b and costs nothing."""
         if not isinstance(f, AffineMap):
             raise TypeError(
@@ -78,67 +115,181 @@ class AffineSolver(Solver):
                 f"{self!r} has no trajectory to sample: its iterates exist only at the end. Use "
                 f"Anderson() or FixedPointIteration()."
             )
-        return super().run(f, z0)
+        return super().run(f, z0, layout=layout, together=together)
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         affine = f.f
         assert isinstance(affine, AffineMap)
-        linear, b = Tally(affine.linear, f.amp), affine.shift
-        u0 = torch.zeros_like(b) if z0 is None else z0
-        r0 = b if z0 is None else b + linear(u0) - u0
-        scale = per_sample(b)  # (B,), what 'rel' divides by
-        limit = self.tol * scale if self.stop_mode == "rel" else torch.full_like(scale, self.tol)
+        b = affine.shift
+        linear = Tally(affine.linear, f.amp)
+        linear.calls = f.calls
+        scale = self._norms(b, f)
+        if scale.dim() == 2:  # a leaf without a right-hand side is measured against that of the whole sample
+            scale = torch.where(scale > 0, scale, per_sample(b)[:, None])
+        # The norm of a sample's residual is at least that of each leaf; so this is enough for every leaf.
+        least = scale if scale.dim() == 1 else scale.amin(dim=1)  # (B,)
+        limit = self.tol * least if self.stop_mode == "rel" else torch.full_like(least, self.tol)
+        found = self.solve(linear, b, z0, limit=limit, budget=f.limit, preconditioner=affine.preconditioner)
+        f.calls = linear.calls
+        size = self._norms(found.r, f)
+        measure = leaf_max(relative(size, scale) if self.stop_mode == "rel" else size)
+        return self._solution(
+            Iterate(found.u, size, scale, measure),
+            found.failed,
+            found.steps,
+            f.calls,
+            [(estimate, least) for estimate in found.trace],
+            [],
+            stalled=~found.unfinished,
+        )
 
-        def measured(u: Tensor, size: Tensor) -> Iterate:
-            return Iterate(u, size, scale, relative(size, scale) if self.stop_mode == "rel" else size)
+    def _norms(self, r: Tensor, f: Tally) -> Tensor:
+        """Norms of r (B, D) per sample, (B,), or with norm='max' per leaf, (B, leaves)."""
+        if not self._by_leaf(f):
+            return per_sample(r)
+        return torch.stack([per_sample(leaf) for leaf in r.split(f.sizes, dim=1)], dim=1)
 
-        r, best = r0, measured(u0, per_sample(r0))
-        sizes = [(best.size, scale)]
-        failed = ~best.size.isfinite()
+    def solve(
+        self,
+        linear: Tally,
+        b: Tensor,
+        u0: Tensor | None = None,
+        *,
+        limit: Tensor,
+        budget: int,
+        preconditioner: Map | None = None,
+        check: bool = True,
+    ) -> Krylov:
+        """Solve (I − L) u = b inside another method, under its limits and its count.
+
+        Arguments:
+            linear: L, (B, D) -> (B, D), with its calls counted.
+            b: (B, D).
+            u0: where to start, (B, D). None: at 0, which costs no product.
+            limit: (B,), the absolute residual norm that is enough for each sample. A sample whose limit is inf
+                takes no step and is carried along at 0.
+            budget: what `linear.calls` may rise to.
+            preconditioner: P, near (I − L)⁻¹; see `AffineMap`.
+            check: whether the last product measures the residual. Without it `Krylov.size` is the method's
+                estimate, and no product is spent on a residual unless a new space begins there.
+
+        Raises:
+            ValueError: the method allows no preconditioner, and there is one.
+        """
+        self.require(
+            preconditioner is None or self.preconditionable,
+            "this method allows no preconditioner, which would spoil the structure of I − L that it lives on. "
+            "Leave AffineMap.preconditioner at None, or use GMRES() or BiCGSTAB()",
+        )
+        operator = Operator(linear, preconditioner)
+        u, r = (torch.zeros_like(b), b) if u0 is None else (u0, b + linear(u0) - u0)
+        size = per_sample(r)
+        failed = ~size.isfinite()
         steps = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
+        trace = [size]
+        active = (size > limit) & ~failed
         while True:
-            # One Krylov space, from the residual r of u.
-            start, size = best, best.size  # `size` is the estimate of each sample's residual
-            active = (size > limit) & ~failed
-            taken = torch.zeros_like(steps)
-            state = self.first(r)
-            while linear.calls < self.max_iter - 1 and bool(active.any()):
-                state, estimate = self.advance(linear(state.probe), state)
-                failed = failed | (active & ~estimate.isfinite())
-                active = active & ~failed
-                taken = taken + active
-                size = torch.where(active, estimate, size)
-                sizes.append((size, scale))
-                active = active & (estimate > limit)
-            if not bool(taken.any()):
+            space = self._space(operator, r, size, active, limit, budget - check)
+            trace.extend(space.trace)
+            failed = failed | space.failed
+            steps = steps + space.steps
+            unfinished = space.active
+            if not bool(space.steps.any()):
                 break
-            steps = steps + taken
-            u = start.z + self.correction(state, taken)
-            r = b + linear(u) - u
-            size = per_sample(r)
-            best = measured(u, size).where(size <= start.size, start)  # never worse than where it began
+            # A new space makes sense from a measured residual only, and if a product is left to search it.
+            room = linear.calls <= budget - 2
+            if not check and not (room and bool(unfinished.any())):
+                return Krylov(u + space.correction, r, space.size, failed, unfinished, steps, trace)
+            u_new = u + space.correction
+            r_new = b + linear(u_new) - u_new
+            new = per_sample(r_new)
+            failed = failed | ~new.isfinite()
+            better = new <= size  # never worse than where it began
+            start = size
+            u, r = torch.where(better[:, None], u_new, u), torch.where(better[:, None], r_new, r)
+            size = torch.where(better, new, size)
+            short = (size > limit) & ~failed
             # What rounding has made of the estimate, another space mends; what coupling has, none does.
-            short = (best.size > limit) & ~failed
-            mends = short & (best.size < 0.1 * start.size)
-            if not bool(mends.any()) or linear.calls > self.max_iter - 2:
+            mends = short & (space.size <= limit) & (size < 0.1 * start)
+            unfinished = (short & unfinished) | mends
+            # A cycle that gains nothing would gain nothing again.
+            active = mends | (unfinished & (size < 0.999 * start))
+            if not room:
                 break
-        short_of = Status.STALLED if linear.calls < self.max_iter else Status.MAX_ITER
-        return self._solution(best, failed, steps, linear.calls, sizes, [], short_of)
+            if not bool(active.any()):
+                unfinished = active
+                break
+        return Krylov(u, r, size, failed, unfinished, steps, trace)
+
+    def _space(
+        self, operator: Operator, r: Tensor, start: Tensor, active: Tensor, limit: Tensor, until: int
+    ) -> _Space:
+        """One Krylov space, from residuals r (B, D) of norms `start` (B,), for the samples that are `active`."""
+        unit = torch.where(active[:, None], r / start[:, None], 0.0)
+        failed = torch.zeros_like(active)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        size = least = start
+        best = torch.zeros_like(r)
+        trace: list[Tensor] = []
+        state = self.first(unit)
+        calls = operator.linear
+        while calls.calls < until and len(trace) != self.cycle:
+            if len(trace) % self.check_every == 0:
+                count = int(active.sum())
+                if not count:
+                    break
+            if count < r.shape[0] or self.check_every > 1:  # who has stopped is carried along at 0
+                state = state._replace(probe=torch.where(active[:, None], state.probe, 0.0))
+            state, estimate = self.advance(self.product(operator, state), state)
+            estimate = estimate * start
+            finite = estimate.isfinite()
+            failed = failed | (active & ~finite)
+            active = active & finite
+            steps = steps + active
+            size = torch.where(active, estimate, size)
+            trace.append(size)
+            if not self.monotone:
+                better = active & (estimate < least)
+                best = torch.where(better[:, None], self.correction(state, steps), best)
+                least = torch.where(better, estimate, least)
+            active = active & (estimate > limit) & state.probe.any(dim=1)
+        if self.monotone and trace:
+            best, least = self.correction(state, steps), size
+        correction = operator.preconditioned(torch.where((steps > 0)[:, None], best * start[:, None], 0.0))
+        return _Space(correction, least, failed, active, steps, trace)
 
 
-def back_substitute(r: Tensor, b: Tensor, steps: Tensor) -> Tensor:
-    """y with R y = b in the leading `steps` unknowns of each sample and y = 0 in the others.
+class Krylov(NamedTuple):
+    """What `AffineSolver.solve` has found, per sample."""
 
-    Arguments:
-        r: upper triangular, (B, n, n). A pivot that vanishes to rounding gives y_i = 0.
-        b: (B, n).
-        steps: how many unknowns count, (B,).
+    u: Tensor  # (B, D)
+    r: Tensor  # (B, D), b − (I − L) u; that of the start if the last one was not measured
+    size: Tensor  # (B,), the norm of the last residual, or its estimate if it was not measured
+    failed: Tensor  # (B,), bool: a product was not finite; u is what was known before
+    unfinished: Tensor  # (B,), bool: the budget ended it, above its limit
+    steps: Tensor  # (B,), int64: products until it stopped
+    trace: list[Tensor]  # (B,) each: the residual norm at the start, and its estimate after each product
+
+
+class _Space(NamedTuple):
+    """One Krylov space: what it adds to the start, and how the samples ended."""
+
+    correction: Tensor  # (B, D)
+    size: Tensor  # (B,), the estimated residual norm with it
+    failed: Tensor  # (B,)
+    active: Tensor  # (B,), would go on
+    steps: Tensor  # (B,)
+    trace: list[Tensor]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per sample of two (B, D) tensors, (B,), in their dtype; summed in float64.
+
+    Not a batched matrix product: its rounding would depend on the size of the batch.
     """
-    used = torch.arange(b.shape[1], device=b.device) < steps[:, None]  # (B, n)
-    pivots = r.diagonal(dim1=1, dim2=2).masked_fill(~used, 0.0)
-    floor = torch.finfo(r.dtype).eps * pivots.abs().amax(dim=1, keepdim=True)
-    used = used & (pivots.abs() > floor)
-    r = torch.where(used[:, None, :] & used[:, :, None], r, 0.0)
-    r = torch.diagonal_scatter(r, torch.where(used, pivots, 1.0), dim1=1, dim2=2)
-    b = torch.where(used, b, 0.0)
-    return torch.linalg.solve_triangular(r, b[..., None], upper=True)[..., 0]
+    return (a * b).sum(dim=1, dtype=torch.float64).to(a.dtype)
+
+
+def ratio(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
+    """a / b where it is wanted and 0 elsewhere, all (B,)."""
+    return torch.where(where, a, 0.0) / torch.where(where, b, 1.0)

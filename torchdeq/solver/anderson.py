@@ -1,48 +1,44 @@
-"""Anderson acceleration, type II, in difference form.
+"""Anderson acceleration, in difference form.
 
 With residuals r_k = f(z_k) − z_k and the last m differences ΔR = [Δr_1 … Δr_m], ΔZ likewise,
 
-    γ = argmin ‖r_k − ΔR γ‖² ,      z_{k+1} = z_k + τ r_k − (ΔZ + τ ΔR) γ.
+    z_{k+1} = z_k + τ r_k − (ΔZ + τ ΔR) γ,
 
-Sources: Anderson (1965); Walker and Ni (2011), doi 10.1137/10078356X, for the difference form. Departures: the
-columns of ΔR are scaled to unit norm before the normal equations are formed and a small multiple `lam` of
-the identity is added to the scaled Gram matrix, so that the regularisation is relative and the iterates do
-not change when f is rescaled; coefficients are per sample.
+    type II:  γ = argmin ‖r_k − ΔR γ‖²          type I:  ΔZᵀ (r_k − ΔR γ) = 0.
+
+Sources: Anderson (1965); Walker and Ni (2011), doi 10.1137/10078356X, for the difference form; Fang and Saad (2009),
+doi 10.1002/nla.617, for type I. Departures: differences of unit norm, and a small multiple `lam` of the identity
+added to their Gram matrix, so that the regularisation is relative and the iterates do not change when f is rescaled;
+coefficients are per sample; with type II a residual that has more than doubled empties the history of its sample.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from torchdeq._state import Map
-from torchdeq.solver.base import Solver
-
-
-class AndersonState(NamedTuple):
-    """What Anderson remembers. n counts the steps taken; slot n mod m is overwritten next."""
-
-    r: Tensor  # (B, D), the previous residual
-    y: Tensor  # (B, D), the previous plain step z + τ r
-    dr: Tensor  # (B, m, D), differences of r
-    dy: Tensor  # (B, m, D), differences of y, which are ΔZ + τ ΔR
-    gram: Tensor  # (B, m, m), dr @ dr.mT, kept by updating one row
-    n: int
+from torchdeq.solver.secant import Products, SecantSolver
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Anderson(Solver):
+class Anderson(SecantSolver):
     """Anderson acceleration. One evaluation per step; memory 2m states.
 
     Arguments:
         m: the history length, the number of differences, at least 1. 5 is a good compromise; more helps on
             ill-conditioned maps and costs memory.
         lam: the regularisation relative to the unit diagonal of the scaled Gram matrix, at least 0. None:
-            1e-8 in float64, 1e-6 in float32. Values between 1e-8 and 1e-4 behave alike.
+            1e-8 in float64, 1e-6 in float32. Values between 1e-8 and 1e-4 behave alike. Type I has none.
         tau: the mixing τ in (0, 2).
+        type: 2 makes the predicted residual smallest; 1 lets the last m secant equations hold, which does better far
+            from a contraction and worse on one.
+
+    Complex states are pairs of real numbers here: their inner products are the real parts of the Hermitian ones, and
+    γ is real, which is right also for an f that conjugates.
 
     Example:
         >>> import torch
@@ -55,7 +51,8 @@ class Anderson(Solver):
 
     m: int = 5
     lam: float | None = None
-    tau: float = 1.0
+    tau: float = 1.0  # type: ignore[misc] # a class variable of the family, a field here
+    type: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,38 +66,37 @@ class Anderson(Solver):
             f"lam is relative to a unit diagonal and must be at least 0, got {self.lam!r}",
         )
         self.require(0 < self.tau < 2, f"the mixing tau must lie in (0, 2), got {self.tau!r}")
+        self.require(self.type in (1, 2), f"type must be 1 or 2, got {self.type!r}")
 
-    def init(self, z: Tensor) -> AndersonState:
-        """An empty history, as wide as it can get used within `max_iter`."""
-        m = max(1, min(self.m, self.max_iter - 1))
-        batch, size = z.shape
-        history = z.new_zeros(2, batch, m, size)
-        return AndersonState(z, z, history[0], history[1], z.new_zeros(batch, m, m), 0)
+    @property
+    def depth(self) -> int:
+        """m."""
+        return self.m
 
-    def step(self, f: Map, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
-        """The minimiser over the last differences; the first step is Picard's."""
-        r = fz - z
-        y = torch.add(z, r, alpha=self.tau)
-        n, dr, dy, gram = state.n, state.dr, state.dy, state.gram
-        if n == 0:
-            return y, state._replace(r=r, y=y, n=1)
-        slot = (n - 1) % dr.shape[1]
-        torch.sub(r, state.r, out=dr[:, slot])
-        torch.sub(y, state.y, out=dy[:, slot])
-        products = torch.bmm(torch.stack((dr[:, slot], r), dim=1), dr.mT)  # (B, 2, m): ΔRᵀΔr_k and ΔRᵀr
-        gram[:, slot] = gram[:, :, slot] = products[:, 0]
-        gamma = self._coefficients(gram, products[:, 1])
-        z_next = torch.baddbmm(y[:, None], gamma[:, None], dy, alpha=-1)[:, 0]
-        return z_next, AndersonState(r, y, dr, dy, gram, n + 1)
+    @property
+    def growth(self) -> float:  # type: ignore[override]
+        """Type I often grows on its way and comes back; to forget then does harm."""
+        return 2.0 if self.type == 2 else math.inf
 
-    def _coefficients(self, gram: Tensor, b: Tensor) -> Tensor:
-        """(G + λ diag G) γ = b, (B, m): the problem with columns scaled to unit norm and λ I added, scaled back."""
-        lam = self.lam
-        if lam is None:
-            lam = 1e-8 if gram.dtype == torch.float64 else 1e-6
-        d = gram.diagonal(dim1=1, dim2=2)
-        # An unused slot or a vanished difference has a zero row: 1 on its diagonal gives coefficient 0.
-        h = gram + torch.diag_embed(torch.where(d > 0, lam * d, 1.0))
-        gamma, info = torch.linalg.solve_ex(h, b)  # does not raise on a singular sample
-        usable = (info == 0) & gamma.isfinite().all(dim=1)
-        return torch.where(usable[:, None], gamma, 0.0)  # … which takes a plain step
+    @property
+    def needs_s(self) -> bool:  # type: ignore[override]
+        """Only type I multiplies with differences of z."""
+        return self.type == 1
+
+    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
+        """Of Y Yᵀ, or S Yᵀ."""
+        row, column = (products.yy, products.yy) if self.type == 2 else (products.ys, products.sy)
+        return row[:, None], column[:, None]
+
+    def system(self, k: Tensor, products: Products, grew: Tensor, more: None) -> tuple[Tensor, Tensor, None]:
+        """(Y Yᵀ + λ I) γ = Y r, or S Yᵀ γ = S r."""
+        if self.type == 1:
+            return k[:, 0], products.sr, None
+        return regularised(k[:, 0], self.lam), products.yr, None
+
+
+def regularised(gram: Tensor, lam: float | None = None) -> Tensor:
+    """The Gram matrix of unit vectors (B, n, n) + λ I; λ by dtype if it is None."""
+    if lam is None:
+        lam = 1e-8 if gram.dtype == torch.float64 else 1e-6
+    return gram + lam * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)

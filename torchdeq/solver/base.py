@@ -2,7 +2,7 @@
 
 A solver proposes; the loop disposes. It alone evaluates f, counts, measures residuals per sample, keeps
 the best iterate, freezes samples that are done, sets aside samples whose f is not finite, and stops.
-A solver supplies only `init` and `step`.
+A solver supplies only `init` and `step`. What the loop knows of each sample lives in a `Watch`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,377 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, Self
 
+import optree
 import torch
 from torch import Tensor
 
 from torchdeq._method import Method
 from torchdeq._replay import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
-from torchdeq.solution import Solution, Status
+from torchdeq.solution import Reporter, Solution, Status, StopMode
 from torchdeq.solver.maps import AffineMap, Tally
+from torchdeq.solver.together import mixes_samples, solve_together
+from torchdeq.solver.watch import Iterate, Watch, leaf_max, relative
+
+SOLVER_REMEDY = (
+    "The returned state is the best one found, not a fixed point to this tolerance. Raise max_iter or tol, try "
+    "another solver, or make f more contractive (normalise its weights)."
+)
+
+
+class SolverLoop:
+    """What a solver can do once it has `init` and `step`: everything but hold its hyperparameters.
+
+    `Solver` adds them as the fields of a frozen dataclass, `SolverModule` as attributes of a module that may learn. Both
+    are solvers to the rest of the library.
+
+    Example:
+        >>> from torchdeq import Anderson, SolverModule
+        >>> isinstance(Anderson(), SolverLoop), isinstance(SolverModule(), SolverLoop)
+        (True, True)
+    """
+
+    max_iter: int
+    tol: float
+    stop_mode: StopMode
+    norm: Literal["l2", "max"]
+    min_iter: int
+    patience: int
+    check_every: int
+    compact: bool
+    return_final: bool
+
+    #: Whether residuals are measured at every evaluation (and the solve can stop early).
+    monitors: ClassVar[bool] = True
+    #: Whether a step combines the numbers of a sample with coefficients found for that sample alone. Such a solver
+    #: needs f to treat samples apart.
+    separate: ClassVar[bool] = True
+    #: How often a sample may meet a non-finite value of f and try again by `rescue`.
+    recovers: ClassVar[int] = 0
+
+    # What a method supplies ---------------------------------------------------------------------------
+
+    def init(self, z: Tensor) -> Any:
+        """What `step` must remember, from the start z (B, D): a NamedTuple, whose tensors all have B rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define init and step, or run")
+
+    def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next iterate (B, D) and state, from the iterate z and its image fz. No host reads."""
+        raise NotImplementedError(f"{type(self).__name__} must define init and step, or run")
+
+    def rescue(
+        self, z: Tensor, fz: Tensor, state: Any, struck: Tensor, strikes: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Another z, fz and state for the samples `struck` (B,), whose f has not been finite `strikes` (B,) times."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has recovers={self.recovers} and must define rescue"
+        )
+
+    def replace(self, **options: Any) -> Self:
+        """The same solver under other options."""
+        raise NotImplementedError
+
+    # What the loop does -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        f: Callable[[Tree], Tree] | AffineMap,
+        z0: Tree,
+        *,
+        record: Sequence[int] = (),
+        batch_dims: int = 1,
+        throw: bool = False,
+    ) -> Solution:
+        """Solve z = f(z) from z0.
+
+        Arguments:
+            f: a map from the state to the state, or an `AffineMap`.
+            z0: where to start: a tensor or a pytree of tensors; its first `batch_dims` dimensions count
+                samples.
+            record: evaluations k ≥ 1, increasing, after which the best state so far is kept in
+                `Solution.states`. A solve that ends earlier gives its final state for the rest.
+            batch_dims: see `torchdeq.DEQ`.
+            throw: raise a `ConvergenceError` if a sample does not converge.
+
+        Returns:
+            A `Solution` with z in the structure of z0.
+        """
+        layout = layout_of(z0, batch_dims)
+        start = layout.ravel(z0, source="z0")
+        solution = self.run(flatten_map(f, layout), start, record=record)
+        if throw:
+            Reporter(SOLVER_REMEDY, throw=True)(solution)
+        return unravel_solution(solution, layout)
+
+    def run(
+        self,
+        f: Map,
+        z0: Tensor | None = None,
+        *,
+        record: Sequence[int] = (),
+        layout: Layout | None = None,
+        together: bool = True,
+    ) -> Solution:
+        """The loop, on a flat state (B, D).
+
+        Arguments:
+            f: the map, (B, D) -> (B, D).
+            z0: the start. None is for an `AffineMap` and starts at f(0), which is known without an evaluation.
+            record: see `__call__`.
+            layout: which leaves the D numbers belong to, for `norm='max'`, and in which dtypes f sees them. None:
+                that of f, if it is a `FlatMap`.
+            together: solve again with the batch as one sample if the solve fell short and f turns out to couple the
+                samples.
+        """
+        record = checked_record(record, self.max_iter)
+        start = start_of(f) if z0 is None else z0
+        tally = Tally(f, AutocastState.capture(start.device), self.max_iter, layout or layout_of_map(f))
+        with tally.amp.off():
+            solution = self._loop(tally, z0, record)
+            if together and self.separate and not record and self._suspects(solution):
+                coupled = mixes_samples(tally, solution.z)
+                solution = dataclasses.replace(solution, nfe=tally.calls)
+                if coupled:
+                    solution = solve_together(self, tally, solution)
+        if z0 is None or all(z is not z0 for z in (solution.z, *solution.states)):
+            return solution
+        # The start is the caller's memory; what is returned is not.
+        own = z0.clone()
+        return dataclasses.replace(
+            solution,
+            z=own if solution.z is z0 else solution.z,
+            states=[own if z is z0 else z for z in solution.states],
+        )
+
+    def _suspects(self, solution: Solution) -> bool:
+        """Whether a solve fell so far short that f may be coupling the samples.
+
+        To know costs three evaluations. So it is asked only of a solve that made fifty; or that made ten, or gave up,
+        and brought some sample's residual down by less than a factor of ten; or that saw a sample at rest move, which
+        proves it.
+        """
+        if solution.status.numel() < 2 or bool(solution.converged.all()):
+            return False
+        if bool((solution.status == Status.NON_FINITE).any()):  # the whole batch would be, as one sample
+            return False
+        if solution.coupled or solution.nfe >= 50:
+            return True
+        poor = ~solution.converged & (solution.residual > 0.1 * solution.trace[0])
+        gave_up = bool((solution.status == Status.STALLED).any())
+        return (gave_up or solution.nfe >= 10) and bool(poor.any())
+
+    def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
+        z = start_of(f.f) if z0 is None else z0
+        return self._iterate(f, z, self.init(z), record)
+
+    def _iterate(
+        self, f: Tally, z: Tensor, state: Any, record: Sequence[int], watch: Watch | None = None
+    ) -> Solution:
+        watch = watch or Watch(self, self._unknown(z, f), f.resolution(z))
+        before, sizes = f.calls, list[tuple[Tensor, Tensor]]()
+        states: dict[int, Tensor] = {}
+        wanted = [r for r in record if r > before]
+
+        while f.calls < f.limit:
+            fz = f(z)
+            k = f.calls
+            if not self.monitors and k < f.limit:
+                if k in wanted:
+                    states[k] = z
+                z, state = self.step(f, z, fz, state)
+                continue
+            now = self._measured(z, fz, f)
+            if self.monitors:  # an evaluation that a step made elsewhere repeats the residual before it
+                sizes += sizes[-1:] * (k - before - 1 - len(sizes))
+            sizes.append((now.size, now.scale))
+            watch.see(now, k)
+            states |= {r: watch.best.z for r in wanted if r <= k and r not in states}
+            if watch.done or k >= f.limit:
+                break
+            if watch.struck is not None:
+                z, fz, state = self.rescue(z, fz, state, watch.struck, watch.strikes)
+            if self.compact and not watch.all_active and 2 * int(watch.active.sum()) <= len(z):
+                return self._without_the_finished(f, z, fz, state, watch, wanted, states, sizes)
+            z_next, state = self.step(f, z, fz, state)
+            z = watch.hold(z_next, z)
+
+        final = self._final(f, watch, k)
+        return self._solution(
+            final,
+            watch.failed,
+            watch.nstep,
+            f.calls,
+            sizes,
+            [states.get(r) for r in wanted],
+            stalled=watch.stalled,
+            coupled=bool(watch.coupled),
+        )
+
+    def _unknown(self, z: Tensor, f: Tally) -> Iterate:
+        worst = z.new_full((z.shape[0],), math.inf)
+        size = worst[:, None].expand(-1, len(f.sizes)) if self._by_leaf(f) else worst
+        return Iterate(z, size, torch.ones_like(size), worst)
+
+    def _by_leaf(self, f: Tally) -> bool:
+        return self.norm == "max" and len(f.sizes) > 1
+
+    def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
+        """z with its residual, from fz = f(z)."""
+        if self._by_leaf(f):
+            size = torch.stack([per_sample(r) for r in (fz - z).split(f.sizes, dim=1)], dim=1)  # (B, leaves)
+            scale = torch.stack([per_sample(leaf) for leaf in fz.split(f.sizes, dim=1)], dim=1)
+        else:
+            size, scale = per_sample(fz - z), per_sample(fz)
+        return Iterate(z, size, scale, leaf_max(relative(size, scale) if self.stop_mode == "rel" else size))
+
+    def _final(self, f: Tally, watch: Watch, k: int) -> Iterate:
+        """What is returned: the last iterate, the best, or where samples have their best at different evaluations a
+        mixture, if it holds when f sees it as a whole."""
+        now, best = watch.now, watch.best
+        watch.nstep = watch.nstep.masked_fill(watch.active, k)
+        finite = now.measure.isfinite()
+        watch.failed = watch.failed | (watch.active & ~finite)
+        if self.return_final:
+            return now.where(~watch.failed, best)
+        arrived = (now.measure <= self.tol) & ~watch.failed
+        current = finite & ((now.measure <= best.measure) | arrived)
+        if bool(current.all()):
+            return now
+        final = now.where(current, best)
+        if len(final.z) == 1:
+            return final
+        return self._measured_together(f, final, watch.single.where(~watch.failed, best), watch.failed)
+
+    def _measured_together(self, f: Tally, mixed: Iterate, single: Iterate, failed: Tensor) -> Iterate:
+        """`mixed` if its residuals hold when f sees those states at once, otherwise `single`."""
+        now = self._measured(mixed.z, f(mixed.z), f)
+        # At the level of rounding the residual is noise; 1.5 tells noise from coupling.
+        scale = leaf_max(now.scale) if self.stop_mode == "abs" else 1.0
+        noise = 64 * torch.finfo(now.size.dtype).eps * scale
+        holds = (now.measure <= 1.5 * mixed.measure + noise) | failed
+        return now.where(~failed, mixed) if bool(holds.all()) else single
+
+    def _without_the_finished(
+        self,
+        f: Tally,
+        z: Tensor,
+        fz: Tensor,
+        state: Any,
+        watch: Watch,
+        wanted: Sequence[int],
+        states: dict[int, Tensor],
+        sizes: list[tuple[Tensor, Tensor]],
+    ) -> Solution:
+        """Go on with the samples that still take part, and put the batch together again afterwards."""
+        rows = watch.active.nonzero()[:, 0]
+        few = f.select(rows)
+        try:
+            image = few(z[rows])  # does f give these samples what it gave them among the others?
+        except Exception as error:
+            error.add_note(
+                f"{self!r} called f with {len(rows)} of {len(z)} samples, because compact=True leaves out those that are "
+                f"done. An f that closes over an input of the whole batch needs a parameter `rows`, the numbers of the "
+                f"samples it is asked about: def f(z, rows=None): ..."
+            )
+            raise
+        apart = per_sample(image - fz[rows])
+        if bool((apart > math.sqrt(torch.finfo(fz.dtype).eps) * (per_sample(fz[rows]) + apart)).any()):
+            raise ValueError(
+                f"{self!r}: f gives samples other values when the finished ones are left out, so it does not treat "
+                f"samples separately. Use compact=False; for a state that is one system, batch_dims=0."
+            )
+        state = optree.tree_map(
+            lambda t: t[rows] if isinstance(t, Tensor) else t, state, namespace="torchdeq"
+        )
+        z_next, state = self.step(few, z[rows], fz[rows], state)
+        rest = self._iterate(few, z_next, state, wanted, watch.rows(rows))
+        f.calls = few.calls
+
+        done = self._solution(
+            watch.best,
+            watch.failed,
+            watch.nstep,
+            f.calls,
+            sizes,
+            list(states.values()),
+            stalled=watch.stalled,
+        )
+        return _with_rows(done, rest, rows)
+
+    def _solution(
+        self,
+        final: Iterate,
+        failed: Tensor,
+        nstep: Tensor,
+        nfe: int,
+        sizes: list[tuple[Tensor, Tensor]],
+        states: list[Tensor | None],
+        short_of: Status = Status.MAX_ITER,
+        *,
+        stalled: Tensor | None = None,
+        coupled: bool = False,
+    ) -> Solution:
+        """The account of a solve, from its final iterate and the norms (residual, scale) along the way.
+
+        `short_of` is the status of samples that are finite, above the tolerance and not `stalled`.
+        """
+        met = (final.measure <= self.tol) & ~failed
+        status = torch.full_like(nstep, short_of)
+        if stalled is not None:
+            status = status.masked_fill(stalled, Status.STALLED)
+        status = status.masked_fill(met, Status.CONVERGED).masked_fill(failed, Status.NON_FINITE)
+        size = torch.stack([size for size, _ in sizes])  # (N, B), or (N, B, leaves)
+        scale = torch.stack([scale for _, scale in sizes])
+        rel_size = relative(size, scale)
+        rel_final = relative(final.size, final.scale)
+        if size.dim() == 3:
+            size, rel_size = size.amax(dim=2), rel_size.amax(dim=2)
+        return Solution(
+            z=final.z,
+            abs_residual=_no_nan(leaf_max(final.size)),
+            rel_residual=_no_nan(leaf_max(rel_final)),
+            stop_mode=self.stop_mode,
+            tol=self.tol,
+            status=status,
+            nstep=nstep,
+            nfe=nfe,
+            abs_trace=_no_nan(size),
+            rel_trace=_no_nan(rel_size),
+            states=[final.z if s is None else s for s in states],
+            coupled=coupled,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Solver(Method):
+class Solver(Method, SolverLoop):
     """A method for z = f(z). Its fields are its hyperparameters; it prints as the call that made it.
 
     Calling a solver runs it: `Anderson(tol=1e-6)(f, z0)` returns a `Solution`. The call builds no
     autograd graph; for derivatives use `torchdeq.DEQ`.
 
     Arguments:
-        max_iter: the largest number of evaluations of f, at least 1, counted alike for every solver. One
-            more is made if the samples' best iterates come from different evaluations of a solve that
-            did not converge: it measures them together, because an f that couples samples would make
-            such a mixture worthless (in that case the best single iterate is returned).
+        max_iter: the largest number of evaluations of f, at least 1, counted alike for every solver. Only a solve
+            that did not converge makes more: one, if the samples' best iterates come from different
+            evaluations, to measure them together, because an f that couples samples would make such a mixture
+            worthless (the best single iterate is returned then); and three, if there were fifty, or ten that achieved
+            little, to see whether f couples samples. If it does, the batch is solved again as one sample.
         tol: a sample has converged when its residual is at most `tol`. 0 asks for all evaluations.
         stop_mode: the residual is ‖f(z) − z‖ for 'abs', ‖f(z) − z‖ / ‖f(z)‖ for 'rel'. Euclidean norms
             over everything that belongs to one sample.
+        norm: 'l2': one residual for all that belongs to a sample. 'max': one for each leaf of a nested state, and
+            the largest counts, so that a small leaf cannot hide in a big one.
+        min_iter: no sample stops before so many evaluations, though it has converged.
+        patience: a sample is `STALLED` when its best residual has not fallen by one per cent in so many evaluations
+            and is small enough to be rounding: within 1000 ε of ‖f(z)‖, ε that of the narrowest dtype that f is seen
+            to compute in. A half-precision f always ends so. 0: never.
+        check_every: ask the device whether to stop every so many evaluations only. An evaluation that is not asked
+            about costs no wait. On a CUDA device the answer is read one evaluation late, without waiting for it.
+        compact: leave samples that are done out of the batch when they are half of it or more. f must treat samples
+            separately, which is checked, and must accept fewer of them: it is called as `f(z, rows=index)` with
+            their numbers if it has a parameter of that name.
         return_final: make all `max_iter` evaluations and return the last iterate rather than the best.
 
     Raises:
@@ -62,11 +406,13 @@ class Solver(Method):
 
     max_iter: int = 50
     tol: float = 1e-3
-    stop_mode: Literal["abs", "rel"] = "abs"
+    stop_mode: StopMode = "abs"
+    norm: Literal["l2", "max"] = "l2"
+    min_iter: int = 1
+    patience: int = 10
+    check_every: int = 1
+    compact: bool = False
     return_final: bool = False
-
-    #: Whether residuals are measured at every evaluation (and the solve can stop early).
-    monitors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.require(
@@ -81,212 +427,17 @@ class Solver(Method):
             self.stop_mode in ("abs", "rel"),
             f"stop_mode must be 'abs' or 'rel', got {self.stop_mode!r}",
         )
-
-    # What a method supplies ---------------------------------------------------------------------------
-
-    def init(self, z: Tensor) -> Any:
-        """The state in which `step` keeps what it must remember; z has shape (B, D)."""
-        raise NotImplementedError(f"{type(self).__name__} must define init and step, or run")
-
-    def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """The next iterate (B, D) and state, from the iterate z and its image fz. No host reads."""
-        raise NotImplementedError(f"{type(self).__name__} must define init and step, or run")
-
-    # What the loop does -------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        f: Callable[[Tree], Tree] | AffineMap,
-        z0: Tree,
-        *,
-        record: Sequence[int] = (),
-        batch_dims: int = 1,
-    ) -> Solution:
-        """Solve z = f(z) from z0.
-
-        Arguments:
-            f: a map from the state to the state, or an `AffineMap`.
-            z0: where to start: a tensor or a pytree of tensors; its first `batch_dims` dimensions count
-                samples.
-            record: evaluations k ≥ 1, increasing, after which the best state so far is kept in
-                `Solution.states`. A solve that ends earlier gives its final state for the rest.
-            batch_dims: see `torchdeq.DEQ`.
-
-        Returns:
-            A `Solution` with z in the structure of z0.
-        """
-        layout = layout_of(z0, batch_dims)
-        start = layout.ravel(z0, source="z0")
-        return unravel_solution(self.run(flatten_map(f, layout), start, record=record), layout)
-
-    def run(self, f: Map, z0: Tensor | None = None, *, record: Sequence[int] = ()) -> Solution:
-        """The loop, on a flat state (B, D).
-
-        `z0=None` is for an `AffineMap` and starts at f(0), which is known without an evaluation.
-        """
-        record = checked_record(record, self.max_iter)
-        amp = AutocastState.capture((start_of(f) if z0 is None else z0).device)
-        tally = Tally(f, amp)
-        with amp.off():
-            solution = self._loop(tally, z0, record)
-        if z0 is None or all(z is not z0 for z in (solution.z, *solution.states)):
-            return solution
-        # The start is the caller's memory; what is returned is not.
-        own = z0.clone()
-        return dataclasses.replace(
-            solution,
-            z=own if solution.z is z0 else solution.z,
-            states=[own if z is z0 else z for z in solution.states],
+        self.require(self.norm in ("l2", "max"), f"norm must be 'l2' or 'max', got {self.norm!r}")
+        for name, least in (("min_iter", 1), ("patience", 0), ("check_every", 1)):
+            value = getattr(self, name)
+            self.require(
+                isinstance(value, int) and value >= least,
+                f"{name} counts evaluations and must be an integer of at least {least}, got {value!r}",
+            )
+        self.require(
+            self.min_iter <= self.max_iter,
+            f"min_iter must be at most max_iter={self.max_iter}, got {self.min_iter!r}",
         )
-
-    def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
-        z = start_of(f.f) if z0 is None else z0
-        count = z.shape[0]
-        best = single = self._unknown(z)  # best per sample; best evaluation of all samples at once
-        last = best.measure
-        failed = torch.zeros(count, dtype=torch.bool, device=z.device)
-        active = ~failed
-        all_active = count > 0
-        nstep = torch.zeros(count, dtype=torch.int64, device=z.device)
-        sizes: list[tuple[Tensor, Tensor]] = []
-        states: dict[int, Tensor] = {}
-        state = self.init(z)
-
-        for k in range(1, self.max_iter + 1):
-            fz = f(z)
-            if not self.monitors and k < self.max_iter:
-                if k in record:
-                    states[k] = z
-                z, state = self.step(f, z, fz, state)
-                continue
-            now = self._measured(z, fz)
-            sizes.append((now.size, now.scale))
-
-            # Nearly always nothing happens: who takes part comes closer without arriving, who does not stays
-            # where it is. Then this iterate is the best of every sample, and there is no more to keep.
-            quiet = (now.measure < best.measure) & (now.measure > self.tol)
-            if not all_active:
-                quiet = torch.where(active, quiet, now.measure == last)
-            last = now.measure
-            if bool(quiet.all()):
-                best = single = now
-            else:
-                nstep = nstep.masked_fill(active, k)
-                finite = now.measure.isfinite()
-                failed = failed | ~finite
-                best = now.where(finite & (now.measure < best.measure), best)
-                if count > 1 and bool(_total(now, failed) < _total(single, failed)):
-                    single = now
-                # Recomputed, not accumulated: if f couples samples, one that had converged can rise above tol
-                # again as its neighbours move, and then it takes part again.
-                converged = (now.measure <= self.tol) & ~failed
-                active = ~failed if self.return_final else ~(converged | failed)
-                all_active = bool(active.all())
-            if k in record:
-                states[k] = best.z
-            if not all_active and not bool(active.any()):
-                break
-            if k < self.max_iter:
-                z_next, state = self.step(f, z, fz, state)
-                if all_active:
-                    z = z_next
-                else:
-                    z = torch.where(active[:, None], z_next, torch.where(failed[:, None], best.z, z))
-
-        nstep = nstep.masked_fill(active, k)
-        finite = now.measure.isfinite()
-        failed = failed | ~finite
-        final = now
-        if self.return_final:
-            final = now.where(~failed, best)
-        else:
-            current = finite & ((now.measure <= best.measure) | ((now.measure <= self.tol) & ~failed))
-            if not bool(current.all()):
-                final = now.where(current, best)
-                if count > 1:
-                    final = self._measured_together(f, final, single.where(~failed, best), failed)
-        return self._solution(final, failed, nstep, f.calls, sizes, [states.get(r) for r in record])
-
-    def _unknown(self, z: Tensor) -> Iterate:
-        worst = z.new_full((z.shape[0],), math.inf)
-        return Iterate(z, worst, torch.ones_like(worst), worst)
-
-    def _measured(self, z: Tensor, fz: Tensor) -> Iterate:
-        """z with its residual, from fz = f(z)."""
-        size, scale = per_sample(fz - z), per_sample(fz)
-        return Iterate(z, size, scale, relative(size, scale) if self.stop_mode == "rel" else size)
-
-    def _measured_together(self, f: Map, mixed: Iterate, single: Iterate, failed: Tensor) -> Iterate:
-        """`mixed` if its residuals hold when f sees those states at once, otherwise `single`."""
-        now = self._measured(mixed.z, f(mixed.z))
-        # At the level of rounding the residual is noise; 1.5 tells noise from coupling.
-        noise = 64 * torch.finfo(now.size.dtype).eps * (now.scale if self.stop_mode == "abs" else 1.0)
-        holds = (now.measure <= 1.5 * mixed.measure + noise) | failed
-        return now.where(~failed, mixed) if bool(holds.all()) else single
-
-    def _solution(
-        self,
-        final: Iterate,
-        failed: Tensor,
-        nstep: Tensor,
-        nfe: int,
-        sizes: list[tuple[Tensor, Tensor]],
-        states: list[Tensor | None],
-        short_of: Status = Status.MAX_ITER,
-    ) -> Solution:
-        """The account of a solve, from its final iterate and the norms (residual, scale) along the way.
-
-        `short_of` is the status of samples that are finite and above the tolerance.
-        """
-        met = (final.measure <= self.tol) & ~failed
-        status = torch.full_like(nstep, short_of)
-        status = status.masked_fill(met, Status.CONVERGED).masked_fill(failed, Status.NON_FINITE)
-        trace = torch.stack([size for size, _ in sizes])
-        scale = torch.stack([scale for _, scale in sizes])
-        return Solution(
-            z=final.z,
-            abs_residual=_no_nan(final.size),
-            rel_residual=_no_nan(relative(final.size, final.scale)),
-            stop_mode=self.stop_mode,
-            tol=self.tol,
-            status=status,
-            nstep=nstep,
-            nfe=nfe,
-            abs_trace=_no_nan(trace),
-            rel_trace=_no_nan(relative(trace, scale)),
-            states=[final.z if s is None else s for s in states],
-        )
-
-
-class Iterate(NamedTuple):
-    """An evaluated state z (B, D), and per sample, each (B,):"""
-
-    z: Tensor
-    size: Tensor  # ‖f(z) − z‖
-    scale: Tensor  # what a relative residual divides by, ‖f(z)‖
-    measure: Tensor  # what is compared with tol
-
-    def where(self, mask: Tensor, other: Iterate) -> Iterate:
-        """Per sample: this one where `mask` (B,), else `other`."""
-        return Iterate(
-            torch.where(mask[:, None], self.z, other.z),
-            *(torch.where(mask, a, b) for a, b in zip(self[1:], other[1:], strict=True)),
-        )
-
-
-def relative(size: Tensor, scale: Tensor) -> Tensor:
-    """size / scale, with 0 / 0 = 0, and finite (1e30) rather than infinite where only the scale is 0."""
-    return size / torch.maximum(scale, 1e-30 * size).clamp_min(torch.finfo(scale.dtype).tiny)
-
-
-def _total(iterate: Iterate, failed: Tensor) -> Tensor:
-    """The largest measure of the samples that have not failed, (): how good an evaluation is as a whole."""
-    return iterate.measure.masked_fill(failed, 0.0).amax()
-
-
-def _no_nan(size: Tensor) -> Tensor:
-    return size.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def start_of(f: Map) -> Tensor:
@@ -300,8 +451,17 @@ def start_of(f: Map) -> Tensor:
 def flatten_map(f: Callable[[Tree], Tree] | AffineMap, layout: Layout) -> Map:
     """f on pytrees as a map (B, D) -> (B, D); an affine map stays one."""
     if isinstance(f, AffineMap):
-        return AffineMap(FlatMap(f.linear, layout), layout.ravel(f.shift, source="AffineMap.shift"))
+        precondition = None if f.preconditioner is None else FlatMap(f.preconditioner, layout)
+        return AffineMap(
+            FlatMap(f.linear, layout), layout.ravel(f.shift, source="AffineMap.shift"), precondition
+        )
     return FlatMap(f, layout)
+
+
+def layout_of_map(f: Map) -> Layout | None:
+    """The layout of the state that f maps, where it is known."""
+    inner = f.linear if isinstance(f, AffineMap) else f
+    return inner.layout if isinstance(inner, FlatMap) else None
 
 
 def unravel_solution(solution: Solution, layout: Layout) -> Solution:
@@ -322,3 +482,30 @@ def checked_record(record: Sequence[int], max_iter: int) -> tuple[int, ...]:
             f"{list(steps)}."
         )
     return steps
+
+
+def _with_rows(whole: Solution, part: Solution, rows: Tensor) -> Solution:
+    """The solution of a batch in which the samples `rows` were solved further, apart from the others."""
+
+    def put(a: Tensor, b: Tensor) -> Tensor:
+        return a.index_copy(0, rows, b)
+
+    def trace(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, a[-1:].repeat(len(b), 1).index_copy(1, rows, b)])
+
+    return dataclasses.replace(
+        whole,
+        z=put(whole.z, part.z),
+        abs_residual=put(whole.abs_residual, part.abs_residual),
+        rel_residual=put(whole.rel_residual, part.rel_residual),
+        status=put(whole.status, part.status),
+        nstep=put(whole.nstep, part.nstep),
+        nfe=part.nfe,
+        abs_trace=trace(whole.abs_trace, part.abs_trace),
+        rel_trace=trace(whole.rel_trace, part.rel_trace),
+        states=[*whole.states, *(put(whole.z, z) for z in part.states)],
+    )
+
+
+def _no_nan(size: Tensor) -> Tensor:
+    return size.nan_to_num(nan=math.inf, posinf=math.inf)

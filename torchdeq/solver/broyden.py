@@ -1,50 +1,47 @@
-"""Broyden's ("good") method on r(z) = f(z) − z, with the inverse Jacobian as a sum of rank-one terms.
+"""Broyden's methods on r(z) = f(z) − z: a Newton step with a Jacobian learned on the way.
 
     d = −H r,   z⁺ = z + α d,   s = z⁺ − z,   y = r⁺ − r,
-    H⁺ = H + (s − H y) vᵀ / (vᵀ y),   v = Hᵀ s,   H₀ = −I  (so that the first step is Picard's).
+    good:  H⁺ = H + (s − H y) sᵀH / (sᵀH y)         bad:  H⁺ = H + (s − H y) yᵀ / (yᵀy)         H₀ = −I.
 
-Sources: Broyden (1965); the product form in Kelley, Iterative Methods for Linear and Nonlinear Equations
-(1995), chapter 7; in deep equilibrium models Bai, Kolter and Koltun (2019), arXiv 1909.01377. Departures: at the
-memory limit the memory is emptied rather than overwritten (a term of the sum depends on those before it, so
-no single one may be replaced); the line search backtracks per sample without evaluations of its own.
+Sources: Broyden (1965), doi 10.1090/S0025-5718-1965-0198670-6; in deep equilibrium models Bai, Kolter and Koltun
+(2019), arXiv 1909.01377. Departures: H is kept in the compact form of `torchdeq.solver.secant`, in which the oldest
+update is dropped at the memory limit (a product of updates can only be begun afresh, and overwriting one factor of
+it diverges); the line search backtracks per sample and its trials teach H too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdeq._state import Map, per_sample
-from torchdeq.solver.base import Solver
+from torchdeq.solver.secant import Products, SecantSolver, SecantState
 
 _DECREASE = 1e-4  # Armijo's constant: accept α when ‖r⁺‖ ≤ (1 − 1e-4 α) ‖r‖
 _SMALLEST = 1 / 64  # … or when α has become this small
 
 
-class BroydenState(NamedTuple):
-    """What Broyden remembers. H = −I + Σ_{i<n} us_i vs_iᵀ."""
+class Trial(NamedTuple):
+    """The line search's trial."""
 
-    z: Tensor  # (B, D), the last accepted iterate
-    r: Tensor  # (B, D), its residual
-    d: Tensor  # (B, D), the direction taken from it
-    alpha: Tensor  # (B,), the step length tried along d
-    us: Tensor  # (B, capacity, D)
-    vs: Tensor  # (B, capacity, D)
-    n: int  # terms in use; −1 before the first step
+    d: Tensor  # (B, D), the direction
+    alpha: Tensor  # (B,), the length tried
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Broyden(Solver):
-    """Broyden's method. One evaluation per step; memory two states per step since the last restart.
+class Broyden(SecantSolver):
+    """Broyden's method. One evaluation per step; memory two states per step, at most 2m.
 
     Arguments:
-        m: the largest number of rank-one terms before a restart, at least 1. None: never restart. Memory
-            grows as it is used.
+        m: the largest number of updates in use, at least 1; beyond it the oldest is forgotten. None: all of
+            them. Memory grows as it is used.
         ls: backtrack along the direction, per sample, until the residual decreases (Armijo). Every trial is
             one of the counted evaluations.
+        kind: 'good' updates the Jacobian least, 'bad' its inverse. The bad one is near to Anderson's method and as
+            good on contractions; the good one reaches further.
 
     Example:
         >>> import torch
@@ -56,6 +53,7 @@ class Broyden(Solver):
 
     m: int | None = None
     ls: bool = False
+    kind: Literal["good", "bad"] = "good"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,72 +61,47 @@ class Broyden(Solver):
             self.m is None or (isinstance(self.m, int) and self.m >= 1),
             f"the memory limit m must be None or an integer of at least 1, got {self.m!r}",
         )
+        self.require(self.kind in ("good", "bad"), f"kind must be 'good' or 'bad', got {self.kind!r}")
 
-    def init(self, z: Tensor) -> BroydenState:
-        """An empty memory."""
-        none = z.new_zeros(z.shape[0], 0, z.shape[1])
-        return BroydenState(z, z, z, z.new_ones(z.shape[0]), none, none, -1)
+    @property
+    def depth(self) -> int:
+        """m, or as many as there are steps."""
+        return self.m or self.max_iter
 
-    def step(self, f: Map, z: Tensor, fz: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
-        """One secant update where the last trial was accepted; a shorter trial where it was not."""
-        r = fz - z
-        if state.n < 0:
-            return z + r, state._replace(z=z, r=r, d=r, n=0)
-        accepted = self._accepted(r, state)
-        us, vs, n = state.us, state.vs, state.n
-        if n == (self.m or self.max_iter):  # empty the memory: H = −I again, for all
-            us, vs, n = us[:, :0], vs[:, :0], 0
-            if accepted is not None:
-                z = torch.where(accepted[:, None], z, state.z)
-                r = torch.where(accepted[:, None], r, state.r)
-            return z + r, BroydenState(z, r, r, torch.ones_like(state.alpha), us, vs, n)
-        else:
-            us, vs = _with_room(us, n), _with_room(vs, n)
-            u, v = us[:, :n], vs[:, :n]
-            s, y = z - state.z, r - state.r
-            hr = _times(u, v, r)  # H r⁺
-            hy = hr + state.d  # H y, since H r = −d
-            vt = _times(v, u, s)  # Hᵀ s
-            # (B, 2): vᵀy, and vᵀr for the new direction
-            vy, vr = torch.bmm(torch.stack((y, r), dim=1), vt[:, :, None])[:, :, 0].unbind(1)
-            # Near 0 the secant equation says nothing; its usual size is ‖s‖², which it has at H = J⁻¹.
-            info = torch.finfo(z.dtype)
-            safe = vy.abs() > (info.eps * per_sample(s).square()).clamp_min(info.tiny / info.eps)
-            inverse = torch.where(safe if accepted is None else safe & accepted, 1 / vy, 0.0)
-            us[:, n] = w = (s - hy) * inverse[:, None]
-            vs[:, n] = vt
-            d = -(hr + w * vr[:, None])
-            n += 1
-        if accepted is not None:
-            keep = accepted[:, None]
-            alpha = torch.where(accepted, 1.0, state.alpha / 2)
-            base, r, d = (
-                torch.where(keep, z, state.z),
-                torch.where(keep, r, state.r),
-                torch.where(keep, d, state.d),
-            )
-            return base + alpha[:, None] * d, BroydenState(base, r, d, alpha, us, vs, n)
-        return z + d, BroydenState(z, r, d, state.alpha, us, vs, n)
+    @property
+    def needs_s(self) -> bool:  # type: ignore[override]
+        """The bad method multiplies with differences of r only."""
+        return self.kind == "good"
 
-    def _accepted(self, r: Tensor, state: BroydenState) -> Tensor | None:
-        """Which samples' last trial is kept, (B,); None for all of them."""
+    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
+        """Of S Yᵀ + strictly lower part of S Sᵀ, which in the newest row is U s; or of the upper part of Y Yᵀ."""
+        if self.kind == "good":
+            return products.us[:, None], products.sy[:, None]
+        return torch.zeros_like(products.yy)[:, None], products.yy[:, None]
+
+    def system(self, k: Tensor, products: Products, grew: Tensor, more: Any) -> tuple[Tensor, Tensor, Any]:
+        """K γ = S r, or Y r."""
+        return k[:, 0], products.sr if self.kind == "good" else products.yr, more
+
+    def begin(self, z: Tensor) -> Trial | None:
+        """The line search has not tried anything."""
+        return Trial(torch.zeros_like(z), z.new_ones(z.shape[0])) if self.ls else None
+
+    def step(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
+        """The quasi-Newton step; with `ls`, half the last one from where it began if that went too far."""
+        z_next, new = super().step(f, z, fz, state)
         if not self.ls:
-            return None
-        enough = per_sample(r) <= (1 - _DECREASE * state.alpha) * per_sample(state.r)
-        return enough | (state.alpha <= _SMALLEST)
-
-
-def _times(us: Tensor, vs: Tensor, x: Tensor) -> Tensor:
-    """(−I + Σ us_i vs_iᵀ) x, per sample, (B, D)."""
-    if us.shape[1] == 0:
-        return -x
-    inner = torch.bmm(x[:, None], vs.mT)  # (B, 1, n)
-    return torch.baddbmm(x[:, None], inner, us, beta=-1)[:, 0]
-
-
-def _with_room(buffer: Tensor, n: int) -> Tensor:
-    """The buffer (B, capacity, D) with capacity above n; capacity doubles, so memory follows use."""
-    batch, capacity, size = buffer.shape
-    if n < capacity:
-        return buffer
-    return torch.cat([buffer, buffer.new_zeros(batch, max(4, capacity), size)], dim=1)
+            return z_next, new
+        last: Trial = state.more
+        accepted = per_sample(new.r) <= (1 - _DECREASE * last.alpha) * state.size
+        accepted = accepted | (last.alpha <= _SMALLEST) if state.pairs >= 0 else torch.ones_like(accepted)
+        keep = accepted[:, None]
+        trial = Trial(torch.where(keep, z_next - z, last.d), torch.where(accepted, 1.0, last.alpha / 2))
+        base = torch.where(keep, z, state.z)
+        new = new._replace(
+            z=base,
+            r=torch.where(keep, new.r, state.r),
+            size=torch.where(accepted, new.size, state.size),
+            more=trial,
+        )
+        return base + trial.alpha[:, None] * trial.d, new

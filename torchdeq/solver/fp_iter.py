@@ -32,6 +32,8 @@ class FixedPointIteration(Solver):
 
     tau: float = 1.0
 
+    separate: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(

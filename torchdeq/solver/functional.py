@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchdeq._state import Tree, layout_of
 from torchdeq.solver.anderson import Anderson
-from torchdeq.solver.base import Solver, checked_record, flatten_map
+from torchdeq.solver.base import Solver, SolverLoop, checked_record, flatten_map
 from torchdeq.solver.broyden import Broyden
 from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
 from torchdeq.solver.registry import as_solver, look_up
@@ -23,7 +23,7 @@ Result = tuple[Tree, list[Tree], SolverStat]
 StateMap = Callable[[Tree], Tree]
 
 
-def _run(solver: Solver, func: StateMap, x0: Tree, indexing: Sequence[int] | None) -> Result:
+def _run(solver: SolverLoop, func: StateMap, x0: Tree, indexing: Sequence[int] | None) -> Result:
     solution = solver(func, x0, record=indexing or ())
     return solution.z, solution.states, SolverStat.from_solution(solution)
 
@@ -252,7 +252,7 @@ def get_solver(key: str) -> Callable[..., Result]:
     form = _FUNCTIONS.get(key)
     if form is not None and registered is SOLVER_CLASSES[form]:
         return form
-    if not isinstance(registered, Solver) and not isinstance(registered, type):
+    if not isinstance(registered, SolverLoop) and not isinstance(registered, type):
         return registered  # registered as a function of this form
     return SolverFunction(key)
 

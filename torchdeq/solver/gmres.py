@@ -10,32 +10,39 @@ Departures: one Krylov space per sample, all in one batch; orthogonalised twice,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdeq._state import per_sample
-from torchdeq.solver.affine import AffineSolver, back_substitute
+from torchdeq.solver.affine import AffineSolver
+
+#: Rows of so many numbers are aligned in memory; then products of matrices round alike for any size of the batch.
+_ALIGNED = 16
 
 
 class GMRESState(NamedTuple):
     """The Arnoldi basis and the triangular factor, j columns in use."""
 
-    basis: Tensor  # (B, capacity, D), orthonormal rows
+    probe: Tensor  # (B, D), the basis vector A is wanted at
+    basis: Tensor  # (B, capacity, D), orthonormal rows, and zeros for alignment
     r: Tensor  # (B, capacity, capacity), upper triangular
     rotation: Tensor  # (B, capacity, capacity), product of the Givens rotations
-    beta: Tensor  # (B,), norm of the first residual
     j: int
-    probe: Tensor  # (B, D), the basis vector L is wanted at
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class GMRES(AffineSolver):
-    """GMRES without restart, per sample; the default solver of adjoint systems.
+    """GMRES, per sample; the default solver of adjoint systems.
 
     No method that sees only products with L needs fewer of them for the same residual. Memory: one state
     per step. A singular I − L gives the least-squares solution in the Krylov space.
+
+    Arguments:
+        m: the number of steps before a restart, at least 1, which bounds the memory. Each restart begins at the true
+            residual, which costs one more product. None: no restart. Restarts lose what was learned: with m ≤ 10 a
+            nonnormal J, one with ‖J‖ far above its spectral radius, often stalls. `BiCGSTAB` needs no basis at all.
 
     Example:
         >>> import torch
@@ -49,34 +56,51 @@ class GMRES(AffineSolver):
         3
     """
 
+    m: int | None = None
+
+    monotone: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            self.m is None or (isinstance(self.m, int) and self.m >= 1),
+            f"m, the number of steps before a restart, must be an integer of at least 1 or None, got {self.m!r}",
+        )
+
+    @property
+    def cycle(self) -> int | None:
+        """See `AffineSolver.cycle`."""
+        return self.m
+
     def first(self, r: Tensor) -> GMRESState:
-        """The first basis vector is the residual, normalised; a zero residual gives a zero vector."""
-        beta = per_sample(r)
-        probe = _normalised(r, beta)
+        """The first basis vector is the unit residual."""
         capacity = 4
-        basis = r.new_zeros(r.shape[0], capacity, r.shape[1])
-        basis[:, 0] = probe
+        basis = r.new_zeros(r.shape[0], capacity, r.shape[1] + -r.shape[1] % _ALIGNED)
+        basis[:, 0, : r.shape[1]] = r
         square = r.new_zeros(r.shape[0], capacity, capacity)
         rotation = torch.eye(capacity, dtype=r.dtype, device=r.device).expand_as(square).clone()
-        return GMRESState(basis, square, rotation, beta, 0, probe)
+        return GMRESState(r, basis, square, rotation, 0)
 
-    def advance(self, lp: Tensor, state: GMRESState) -> tuple[GMRESState, Tensor]:
+    def advance(self, ap: Tensor, state: GMRESState) -> tuple[GMRESState, Tensor]:
         """One Arnoldi step and one Givens rotation."""
-        basis, r, rotation, beta, j, probe = _with_room(state)
-        w = probe - lp  # A v_j
-        size = per_sample(w)
+        _, basis, r, rotation, j = _with_room(state)
         v = basis[:, : j + 1]
-        h = torch.bmm(w[:, None], v.mT)  # (B, 1, j + 1)
-        w = torch.baddbmm(w[:, None], h, v, alpha=-1)
+        w = torch.nn.functional.pad(ap, (0, -ap.shape[1] % _ALIGNED))[:, None]
+        h = torch.bmm(w, v.mT)  # (B, 1, j + 1)
+        w = torch.baddbmm(w, h, v, alpha=-1)
         again = torch.bmm(w, v.mT)  # "twice is enough"
         w = torch.baddbmm(w, again, v, alpha=-1)[:, 0]
         h = (h + again)[:, 0]
-        # What is left below rounding of A v_j is no new direction: the space is exhausted, the sample solved.
+        # What is left below rounding of A is no new direction: the space is exhausted.
+        size = per_sample(ap)
+        pivots = r[:, : j + 1, : j + 1].diagonal(dim1=1, dim2=2)  # (B, j + 1), the last still 0
+        rounding = torch.finfo(w.dtype).eps * torch.maximum(size, pivots.amax(dim=1))
         rest = per_sample(w)
-        goes_on = (rest > 10 * torch.finfo(w.dtype).eps * size) & rest.isfinite()
+        goes_on = (rest > 10 * rounding) & rest.isfinite()
         rest = torch.where(goes_on, rest, 0.0)
         column = torch.cat([h, rest[:, None]], dim=1)  # (B, j + 2)
-        column = torch.bmm(rotation[:, : j + 2, : j + 2], column[:, :, None])[:, :, 0]
+        # A sum: matrix products of rows that are not aligned round by the size of the batch.
+        column = (rotation[:, : j + 2, : j + 2] * column[:, None]).sum(dim=2)
         a, b = column[:, j], column[:, j + 1]
         length = torch.hypot(a, b)
         c = torch.where(length > 0, a / length, 1.0)
@@ -86,26 +110,42 @@ class GMRES(AffineSolver):
         rotation[:, j + 1] = c[:, None] * lower - s[:, None] * upper
         r[:, :j, j] = column[:, :j]
         r[:, j, j] = length
-        probe = _normalised(w, rest)
+        probe = torch.where(goes_on[:, None], w / rest[:, None], 0.0)
         basis[:, j + 1] = probe
-        estimate = torch.where(size.isfinite(), beta * rotation[:, j + 1, 0].abs(), torch.nan)
-        return GMRESState(basis, r, rotation, beta, j + 1, probe), estimate
+        probe = probe[:, : ap.shape[1]].contiguous()
+        # An exhausted space holds the solution, unless its last pivot vanishes too: then I − L is singular.
+        solves = goes_on | (length > 10 * rounding)
+        estimate = torch.where(solves, rotation[:, j + 1, 0], upper[:, 0]).abs()
+        estimate = torch.where(size.isfinite(), estimate, torch.nan)
+        return GMRESState(probe, basis, r, rotation, j + 1), estimate
 
     def correction(self, state: GMRESState, steps: Tensor) -> Tensor:
-        """V_j y with R y = β Q e₁."""
-        j = state.j
-        right = state.beta[:, None] * state.rotation[:, :j, 0]
-        y = back_substitute(state.r[:, :j, :j], right, steps)
-        return torch.bmm(y[:, None], state.basis[:, :j])[:, 0]
+        """V_j y with R y = Q e₁."""
+        y = _back_substitute(state.r, state.rotation[:, :, 0], steps)
+        return torch.bmm(y[:, None], state.basis)[:, 0, : state.probe.shape[1]]
 
 
-def _normalised(w: Tensor, size: Tensor) -> Tensor:
-    return torch.where((size > 0)[:, None], w / size[:, None], 0.0)
+def _back_substitute(r: Tensor, b: Tensor, steps: Tensor) -> Tensor:
+    """y with R y = b in the leading `steps` unknowns of each sample and y = 0 in the others.
+
+    Arguments:
+        r: upper triangular, (B, n, n). A pivot that is zero to rounding gives y_i = 0.
+        b: (B, n).
+        steps: how many unknowns count, (B,).
+    """
+    used = torch.arange(b.shape[1], device=b.device) < steps[:, None]  # (B, n)
+    pivots = r.diagonal(dim1=1, dim2=2).masked_fill(~used, 0.0)
+    floor = 10 * torch.finfo(r.dtype).eps * pivots.abs().amax(dim=1, keepdim=True)
+    used = used & (pivots.abs() > floor)
+    r = torch.where(used[:, None, :] & used[:, :, None], r, 0.0)
+    r = torch.diagonal_scatter(r, torch.where(used, pivots, 1.0), dim1=1, dim2=2)
+    b = torch.where(used, b, 0.0)
+    return torch.linalg.solve_triangular(r, b[..., None], upper=True)[..., 0]
 
 
 def _with_room(state: GMRESState) -> GMRESState:
     """The state with room for one more column; capacity doubles, so memory follows use."""
-    basis, r, rotation, beta, j, probe = state
+    probe, basis, r, rotation, j = state
     batch, capacity, _ = basis.shape
     if j + 2 <= capacity:
         return state
@@ -114,4 +154,4 @@ def _with_room(state: GMRESState) -> GMRESState:
     wider.diagonal(dim1=1, dim2=2).fill_(1)
     wider[:, :capacity, :capacity] = rotation
     r = torch.nn.functional.pad(r, (0, capacity, 0, capacity))
-    return GMRESState(basis, r, wider, beta, j, probe)
+    return GMRESState(probe, basis, r, wider, j)

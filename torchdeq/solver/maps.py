@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdeq._replay import AutocastState
-from torchdeq._state import Map
+from torchdeq._state import Layout, Map, select_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,20 @@ class AffineMap:
 
 
 class Tally:
-    """f with its calls counted, evaluated under the caller's autocast state."""
+    """f with its calls counted, evaluated under the caller's autocast state.
 
-    def __init__(self, f: Map, amp: AutocastState):
+    Arguments:
+        f: the map, (B, D) -> (B, D).
+        amp: the autocast state that f is called under.
+        limit: how many calls it may come to.
+        layout: what leaves the D numbers belong to; None if that is not known.
+    """
+
+    def __init__(self, f: Map, amp: AutocastState, limit: int = 0, layout: Layout | None = None):
         self.f = f
         self.amp = amp
+        self.limit = limit
+        self.layout = layout
         self.calls = 0
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -54,36 +63,109 @@ class Tally:
         with self.amp.on():
             return self.f(z)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many of the D numbers belong to each leaf."""
+        return () if self.layout is None else self.layout.sizes
 
-def transpose(linear: Map, like: Tensor) -> Map:
-    """Lᵀ of a linear map L: (B, D) -> (B, D), by differentiating one call of it.
+    def resolution(self, z: Tensor) -> float:
+        """ε of the narrowest dtype that f is known to compute in, for a state z."""
+        dtypes = [z.dtype, *([] if self.layout is None else self.layout.dtypes)]
+        if self.amp.enabled:
+            dtypes.append(self.amp.dtype)
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
 
-    Because L is linear, the graph of one call, at 0, serves for every product. `linear` must be differentiable;
-    where it is itself made of vector–Jacobian products Jᵀu, they need `create_graph=True`, and Lᵀ is J.
+    def select(self, rows: Tensor) -> Tally:
+        """f for some of the samples, with a count that goes on from here."""
+        few = Tally(select_rows(self.f, rows), self.amp, self.limit, self.layout)
+        few.calls = self.calls
+        return few
+
+
+class Operator:
+    """A = (I − L) P of a linear map L and a right preconditioner P, which is the identity if there is none.
+
+    Every product with L or with Lᵀ counts.
+
+    Arguments:
+        linear: L, (B, D) -> (B, D), with its calls counted.
+        preconditioner: P, (B, D) -> (B, D), not counted.
+
+    Example:
+        >>> counted = Tally(lambda u: 0.5 * u, AutocastState.capture(torch.device("cpu")))
+        >>> Operator(counted)(torch.ones(1, 2)), counted.calls
+        (tensor([[0.5000, 0.5000]]), 1)
+    """
+
+    def __init__(self, linear: Tally, preconditioner: Map | None = None):
+        self.linear = linear
+        self.preconditioner = preconditioner
+        self._transpose: Map | None = None
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """A p."""
+        q = self.preconditioned(p)
+        return q - self.linear(q)
+
+    def preconditioned(self, p: Tensor) -> Tensor:
+        """P p."""
+        return p if self.preconditioner is None else self.preconditioner(p)
+
+    def recorded(self, p: Tensor) -> Tensor:
+        """A p without a preconditioner, by a call of L whose graph is kept for `transposed`."""
+        image, self._transpose = with_transpose(self.linear, p)
+        return p - image
+
+    def transposed(self, p: Tensor) -> Tensor:
+        """Aᵀ p, after `recorded`."""
+        assert self._transpose is not None
+        self.linear.calls += 1
+        return p - self._transpose(p)
+
+
+def with_transpose(linear: Map, u: Tensor) -> tuple[Tensor, Map]:
+    """L u of a linear map L: (B, D) -> (B, D), and the map Lᵀ, from one call of L.
+
+    Because L is linear, the graph of one call, at any u, serves for every product with Lᵀ. `linear` must be
+    differentiable; where it is itself made of vector–Jacobian products Jᵀu, they need `create_graph=True`, and Lᵀ
+    is J.
 
     Arguments:
         linear: L.
-        like: a tensor (B, D) of the dtype and device of its argument.
+        u: where L is wanted, (B, D). Not zero: L u = 0 then tells an L that is zero from one without a graph.
 
     Raises:
-        RuntimeError: L has no graph, for example because it is computed outside of torch.
+        RuntimeError: the second map is called, and autograd cannot go back through L. It is computed outside of
+            torch; or it is the adjoint of an f whose backward pass is not differentiable.
 
     Example:
         >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> transpose(lambda u: u @ a.T, torch.zeros(1, 2))(torch.tensor([[1.0, 0.0]]))
-        tensor([[1., 2.]])
+        >>> image, transposed = with_transpose(lambda u: u @ a.T, torch.tensor([[0.0, 1.0]]))
+        >>> image, transposed(torch.tensor([[1.0, 0.0]]))
+        (tensor([[2., 4.]]), tensor([[1., 2.]]))
     """
     with torch.enable_grad():
-        u = torch.zeros_like(like).requires_grad_()
+        u = u.detach().requires_grad_()
         image = linear(u)
-    if not image.requires_grad:
-        raise RuntimeError(
-            f"the transpose of {linear!r} was asked for, but what it returns does not depend on its argument through "
-            f"operations that autograd records. Write it in torch operations, without detach() or no_grad()."
-        )
 
     def transposed(v: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(image, u, v, retain_graph=True, materialize_grads=True)
-        return product
+        product = None
+        try:
+            if image.requires_grad:
+                (product,) = torch.autograd.grad(image, u, v, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the transpose of {linear!r} was asked for, but autograd cannot go back through it: {error} If it is "
+                f"the adjoint of an f, then f must be twice differentiable. GMRES() and BiCGSTAB() need no transpose."
+            ) from error
+        if product is not None:
+            return product
+        if bool(u.any()) and not bool(image.any()):  # no path from u to L u, and none is needed: L is zero
+            return torch.zeros_like(v)
+        raise RuntimeError(
+            f"the transpose of {linear!r} was asked for, but what it returns does not depend on its argument through "
+            f"operations that autograd records. Write it in torch operations, without detach() or no_grad(); if it is "
+            f"the adjoint of an f, then f must be twice differentiable. GMRES() and BiCGSTAB() need no transpose."
+        )
 
-    return transposed
+    return image.detach(), transposed

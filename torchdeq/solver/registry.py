@@ -12,19 +12,34 @@ from torch import Tensor
 from torchdeq._suggest import did_you_mean
 from torchdeq.solution import Solution
 from torchdeq.solver.anderson import Anderson
-from torchdeq.solver.base import Solver, start_of
+from torchdeq.solver.base import Solver, SolverLoop, start_of
+from torchdeq.solver.bicgstab import BiCGSTAB
 from torchdeq.solver.broyden import Broyden
+from torchdeq.solver.cg import CG, CGNR
 from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
 from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.maps import Tally
+from torchdeq.solver.multisecant import Multisecant
+from torchdeq.solver.neumann import Neumann
+from torchdeq.solver.newton_krylov import NewtonKrylov
+from torchdeq.solver.rre import RRE
+from torchdeq.solver.squarem import SQUAREM
 
 #: Registered solvers by name. Tests, the command line and the benchmarks read this table.
-SOLVERS: dict[str, type[Solver] | Callable[..., Any]] = {
+SOLVERS: dict[str, type[SolverLoop] | SolverLoop | Callable[..., Any]] = {
     "anderson": Anderson,
     "broyden": Broyden,
+    "multisecant": Multisecant,
+    "newton_krylov": NewtonKrylov,
+    "squarem": SQUAREM,
+    "rre": RRE,
     "fixed_point_iter": FixedPointIteration,
     "simple_fixed_point_iter": SimpleFixedPointIteration,
     "gmres": GMRES,
+    "bicgstab": BiCGSTAB,
+    "cg": CG,
+    "cgnr": CGNR,
+    "neumann": Neumann,
 }
 
 #: Hyperparameters under their 0.1.0 names.
@@ -80,19 +95,19 @@ class FunctionSolver(Solver):
                 f"{self.function!r} must return (z, sampled states, info) with z of the shape of x0, got "
                 f"z of shape {tuple(z.shape)}."
             )
-        final = self._measured(z, fz)
+        final = self._measured(z, fz, f)
         failed = ~final.measure.isfinite()
         states = [*sampled[: len(record)], *[None] * (len(record) - len(sampled))]
         nstep = torch.full((z.shape[0],), f.calls, dtype=torch.int64, device=z.device)
         return self._solution(final, failed, nstep, f.calls, [(final.size, final.scale)], states)
 
 
-def register_solver(solver_type: str, solver: type[Solver] | Solver | Callable[..., Any]) -> None:
+def register_solver(solver_type: str, solver: type[SolverLoop] | SolverLoop | Callable[..., Any]) -> None:
     """Make a solver known under a name, to `as_solver`, `get_solver`, `b_solver`, `f_solver` and the command line.
 
     Arguments:
         solver_type: the name.
-        solver: a `Solver` class, a `Solver` object, or a function of torchdeq 0.1.0's form (see
+        solver: a `Solver` or `SolverModule` class, an object of one, or a function of torchdeq 0.1.0's form (see
             `FunctionSolver`).
 
     Example:
@@ -120,7 +135,7 @@ def look_up(name: str) -> Any:
     return SOLVERS[name]
 
 
-def as_solver(solver: str | Solver | type[Solver] | Callable[..., Any], **options: Any) -> Solver:
+def as_solver(solver: str | SolverLoop | type[SolverLoop] | Callable[..., Any], **options: Any) -> SolverLoop:
     """A `Solver` from a registered name, an object, a class, or a function of 0.1.0's form.
 
     Arguments:
@@ -140,9 +155,9 @@ def as_solver(solver: str | Solver | type[Solver] | Callable[..., Any], **option
     form = getattr(found, "solver_class", None)  # one of the 0.1.0 functions of this library
     if form is not None:
         found = form
-    if isinstance(found, type) and issubclass(found, Solver):
+    if isinstance(found, type) and issubclass(found, SolverLoop):
         found = found()
-    if isinstance(found, Solver):
+    if isinstance(found, SolverLoop):
         return found.replace(**options)
     if not callable(found):
         raise TypeError(f"expected the name of a solver, a Solver or a solver function, got {solver!r}.")

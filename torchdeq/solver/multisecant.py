@@ -1,0 +1,79 @@
+"""Anderson's type II steps where they lead down, Broyden's where they do not: the default solver of `DEQ`.
+
+    z_{k+1} = z_k + r_k − Uᵀ γ,      with the γ of Anderson's type II while ‖r_k‖ falls,
+                                     and of Broyden's good method for ten steps after it has grown.
+
+On a contraction the residual falls, and type II, which makes the predicted residual smallest, needs the fewest
+evaluations. Far from one its predictions fail; the good method, which trusts old differences less, goes on to
+converge there. Both read their γ off the same differences (see `torchdeq.solver.secant`), so changing from one
+to the other costs nothing and forgets nothing.
+
+Sources: Martínez (2000), doi 10.1016/S0377-0427(00)00434-9, for choosing between two updates at every step; Fang and
+Saad (2009), doi 10.1002/nla.617, for the two as members of one family. The rule of choice is ours, found on the maps of
+`benchmarks/solvers.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torchdeq.solver.anderson import regularised
+from torchdeq.solver.secant import Products, SecantSolver
+
+_CAUTION = 10  # steps of Broyden's after a residual has grown
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Multisecant(SecantSolver):
+    """Anderson's and Broyden's methods in one, chosen per sample and step. One evaluation per step.
+
+    Arguments:
+        m: the largest number of differences in use, at least 1. Memory is two states for each, as they are used: a
+            solve that takes 12 evaluations holds 22 states. 40 lets a hard solve remember nearly all of it.
+
+    Example:
+        Plain iteration diverges here.
+
+        >>> import torch
+        >>> sol = Multisecant(tol=1e-8)(lambda z: 3 * torch.cos(z), torch.zeros(1, 1, dtype=torch.float64))
+        >>> bool(sol.converged), round(sol.z.item(), 4)
+        (True, 1.1701)
+    """
+
+    m: int = 40
+
+    matrices: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            isinstance(self.m, int) and self.m >= 1,
+            f"the history length m must be an integer of at least 1, got {self.m!r}",
+        )
+
+    @property
+    def depth(self) -> int:
+        """m."""
+        return self.m
+
+    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
+        """Of Y Yᵀ, and of S Yᵀ + strictly lower part of S Sᵀ."""
+        return torch.stack((products.yy, products.us), dim=1), torch.stack((products.yy, products.sy), dim=1)
+
+    def begin(self, z: Tensor) -> Tensor:
+        """Steps since the residual last grew, (B,)."""
+        return torch.full_like(z[:, 0] if z.shape[1] else z.sum(1), _CAUTION)
+
+    def system(
+        self, k: Tensor, products: Products, grew: Tensor, more: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Anderson's for a sample that is calm, Broyden's for one that is not."""
+        more = torch.where(grew > 1, 0.0, more + 1)
+        calm = more >= _CAUTION
+        gram, good = k.unbind(1)
+        k = torch.where(calm[:, None, None], regularised(gram), good)
+        return k, torch.where(calm[:, None], products.yr, products.sr), more

@@ -1,0 +1,164 @@
+"""Newton's method on r(z) = f(z) − z, its linear systems solved by a Krylov method.
+
+    (I − J) d = r   to   ‖r − (I − J) d‖ ≤ η ‖r‖,        z⁺ = z + α d,        J = ∂f/∂z at z.
+
+Sources: Eisenstat and Walker (1996), doi 10.1137/0917003, choice 2, for the forcing term η, which makes the linear
+solves as loose as Newton's progress allows; Kelley, Iterative Methods for Linear and Nonlinear Equations (1995),
+chapter 6. The system is the fixed point d = J d + r, an affine map like any other. J v is the derivative of Jᵀw with
+respect to w, so that one graph of f serves for all products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdeq._state import Map, per_sample
+from torchdeq.solution import Solution
+from torchdeq.solver.affine import AffineSolver
+from torchdeq.solver.base import Solver, start_of
+from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.maps import Tally, with_transpose
+
+_DECREASE, _SMALLEST = 1e-4, 1 / 64  # Armijo's constant, and the step length that is accepted in any case
+_ETA, _GAMMA = 0.5, 0.9  # the first forcing term, also the largest; and Eisenstat and Walker's γ
+
+
+class NewtonState(NamedTuple):
+    """What Newton–Krylov remembers: the last accepted iterate, and the trial that began there."""
+
+    z: Tensor  # (B, D)
+    r: Tensor  # (B, D), its residual
+    size: Tensor  # (B,), the norm of r
+    d: Tensor  # (B, D), the direction
+    alpha: Tensor  # (B,), the length tried
+    eta: Tensor  # (B,), the forcing term that gave d
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NewtonKrylov(Solver):
+    """Newton–Krylov with backtracking. For high accuracy, and for maps on which Picard iteration diverges.
+
+    Memory is that of one graph of f and of the Krylov space. Every product with J counts as an evaluation, and so does
+    the product with Jᵀ that prepares those at an iterate. Autograd must be able to differentiate f twice.
+
+    Arguments:
+        linear: solves for the direction.
+
+    Example:
+        >>> import torch
+        >>> f = lambda z: 4 * torch.cos(z)  # Picard iteration does not converge
+        >>> sol = NewtonKrylov(tol=1e-12)(f, torch.ones(1, 1, dtype=torch.float64))
+        >>> bool(sol.converged), round(sol.z.item(), 6)
+        (True, 1.252353)
+    """
+
+    linear: AffineSolver = GMRES()  # noqa: RUF009 - frozen
+
+    recovers: ClassVar[int] = 20  # the line search comes back from there by itself
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            isinstance(self.linear, AffineSolver),
+            f"linear must be a solver of affine maps such as GMRES(), got {self.linear!r}",
+        )
+
+    def init(self, z: Tensor) -> NewtonState:
+        """Nothing tried yet: whatever comes is better."""
+        row = z.new_ones(z.shape[0])
+        return NewtonState(z, z, torch.full_like(row, torch.inf), torch.zeros_like(z), row, row)
+
+    def rescue(
+        self, z: Tensor, fz: Tensor, state: NewtonState, struck: Tensor, strikes: Tensor
+    ) -> tuple[Tensor, Tensor, NewtonState]:
+        """Nothing: a residual that is not a number is no decrease, so `step` halves the trial."""
+        return z, fz, state
+
+    def step(self, f: Map, z: Tensor, fz: Tensor, state: NewtonState) -> tuple[Tensor, NewtonState]:
+        """A new direction where the last trial was accepted; a shorter trial where it was not."""
+        assert isinstance(f, Linearised)
+        r = fz - z
+        size = per_sample(r)
+        accepted = size <= (1 - _DECREASE * state.alpha) * state.size
+        accepted = accepted | ((state.alpha <= _SMALLEST) & size.isfinite())
+        keep = accepted[:, None]
+
+        eta = _GAMMA * (size / state.size) ** 2
+        floor = _GAMMA * state.eta**2
+        eta = torch.where(floor > 0.1, torch.maximum(eta, floor), eta).clamp(max=_ETA)
+        # A residual below half the tolerance is never needed; a sample within it needs no direction at all.
+        tol = self.tol * (per_sample(fz) if self.stop_mode == "rel" else torch.ones_like(size))
+        limit = torch.maximum(eta * size, 0.5 * tol)
+        limit = torch.where(accepted & (size > tol), limit, torch.inf)
+        d = f.solve(self.linear, torch.where(keep, r, 0.0), limit)
+
+        state = NewtonState(
+            torch.where(keep, z, state.z),
+            torch.where(keep, r, state.r),
+            torch.where(accepted, size, state.size),
+            torch.where(keep, d, state.d),
+            torch.where(accepted, 1.0, state.alpha / 2),
+            torch.where(accepted, eta, state.eta),
+        )
+        return state.z + state.alpha[:, None] * state.d, state
+
+    def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
+        z = start_of(f.f) if z0 is None else z0
+        traced = Linearised(f.f, f.amp, f.limit, f.layout)
+        traced.calls = f.calls
+        solution = self._iterate(traced, z, self.init(z), record)
+        f.calls = traced.calls
+        return solution
+
+
+class Linearised(Tally):
+    """f whose last call kept its graph, for products with the Jacobian there."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            self.at = z.detach().clone().requires_grad_()
+            try:
+                self.image = super().__call__(
+                    self.at.clone()
+                )  # a copy, so that an f in place meets our error
+            except RuntimeError as error:
+                error.add_note(
+                    "NewtonKrylov differentiates f, so f is called with a state that requires grad. For an f that "
+                    "autograd cannot follow use Multisecant() or Anderson()."
+                )
+                raise
+        return self.image.detach()
+
+    def select(self, rows: Tensor) -> Linearised:
+        """See `Tally.select`."""
+        few = super().select(rows)
+        mine = Linearised(few.f, few.amp, few.limit, few.layout)
+        mine.calls = few.calls
+        return mine
+
+    def solve(self, linear: AffineSolver, r: Tensor, limit: Tensor) -> Tensor:
+        """d with (I − J) d = r to the residual norms `limit` (B,), within the evaluations that are left but one."""
+        if not self.image.requires_grad:  # f does not depend on z, or not in a way that autograd knows
+            return r
+        if self.calls >= self.limit - 2 or not bool(limit.isfinite().any()):
+            return r
+        self.calls += 1
+
+        def vjp(w: Tensor) -> Tensor:
+            (product,) = torch.autograd.grad(
+                self.image, self.at, w, create_graph=True, materialize_grads=True
+            )
+            return product
+
+        with torch.inference_mode(False):
+            _, jvp = with_transpose(vjp, torch.zeros_like(r))
+            products = Tally(jvp, self.amp)
+            products.calls = self.calls
+            found = linear.solve(products, r.clone(), limit=limit, budget=self.limit - 1, check=False)
+        self.calls = products.calls
+        return torch.where((found.steps > 0)[:, None], found.u, r)

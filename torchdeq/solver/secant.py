@@ -1,0 +1,215 @@
+"""What Anderson's and Broyden's methods share: a model of the Jacobian from the last differences.
+
+With residuals r = f(z) − z, and the differences s_i of z and y_i of r over the last c steps as rows of S and Y,
+
+    z_{k+1} = z_k + τ r_k − (S + τ Y)ᵀ γ,      K γ = V r_k.
+
+    V    K                                                  the method
+    Y    Y Yᵀ                                               Anderson, type II: ‖r_k − Yᵀγ‖ is smallest
+    S    S Yᵀ                                               Anderson, type I: all secant equations hold
+    S    S Yᵀ + strictly lower part of S Sᵀ                 Broyden's good method, c updates of H = −I (τ = 1)
+    Y    upper part of Y Yᵀ                                 Broyden's bad method, likewise
+
+Rows run from the oldest to the newest. Sources: Fang and Saad (2009), doi 10.1002/nla.617, for the family; Byrd,
+Nocedal and Schnabel (1994), doi 10.1007/BF01582063, for sequential updates in compact form. There the oldest
+difference is dropped by leaving out its row and column. In a product of updates each factor depends on those before
+it, so that nothing can be dropped but all.
+
+Each pair (s, y) is divided by ‖y‖. That changes no iterate, and makes the diagonal of Y Yᵀ one: numbers of any scale
+are safe, and a regularisation is relative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdeq._state import Map, per_sample
+from torchdeq.solver.base import Solver
+
+
+class SecantState(NamedTuple):
+    """What a secant method remembers. Of the histories n rows are in use; where c are, the oldest is overwritten."""
+
+    z: Tensor  # (B, D), the last iterate
+    r: Tensor  # (B, D), its residual
+    size: Tensor  # (B,), the norm of r
+    y: Tensor  # (B, capacity, D), and zeros for alignment
+    u: Tensor  # likewise, s + τ y
+    k: Tensor  # (B, matrices, capacity, capacity)
+    valid: Tensor  # (B, capacity), which rows count; the others get γ = 0
+    skip: Tensor  # (B,), how many differences to come say nothing
+    more: Any  # what a method remembers besides
+    pairs: int  # differences so far; −1 before the first evaluation
+
+
+class Products(NamedTuple):
+    """Inner products of the histories with the newest s and y, and with r; each (B, n)."""
+
+    yy: Tensor  # Y y
+    yr: Tensor  # Y r
+    ys: Tensor  # Y s
+    sy: Tensor  # S y
+    sr: Tensor  # S r
+    us: Tensor  # U s
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SecantSolver(Solver):
+    """The histories, their order, the small system, and the safeguards.
+
+    A method supplies `depth` (c), `entries` (the row and the column of K for a new pair) and `system`.
+
+    A sample whose f is not finite goes back to the iterate before and makes a Picard step of half the length from
+    there, with an empty history; three times at most in a solve.
+    """
+
+    recovers: ClassVar[int] = 3
+    #: How many matrices K a method keeps.
+    matrices: ClassVar[int] = 1
+    #: Whether K or V needs s.
+    needs_s: ClassVar[bool] = True
+    #: A residual that grows by more than this factor empties the sample's history, and its step is half of Picard's.
+    growth: ClassVar[float] = math.inf
+    #: τ, which `Anderson` makes a field.
+    tau: ClassVar[float] = 1.0
+
+    @property
+    def depth(self) -> int:
+        """c, the largest number of differences in use."""
+        raise NotImplementedError
+
+    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
+        """K's row and column for the newest pair, (B, matrices, n) each. Where they meet the column counts."""
+        raise NotImplementedError
+
+    def system(self, k: Tensor, products: Products, grew: Tensor, more: Any) -> tuple[Tensor, Tensor, Any]:
+        """K (B, n, n) and V r (B, n) for this step, and what the method remembers besides.
+
+        Arguments:
+            k: all matrices, (B, matrices, n, n), with the identity in the rows and columns that do not count.
+            products: see `Products`.
+            grew: (B,), the new residual norm over the last one.
+            more: what the method remembered.
+        """
+        raise NotImplementedError
+
+    def begin(self, z: Tensor) -> Any:
+        """What the method remembers besides."""
+        return None
+
+    def init(self, z: Tensor) -> SecantState:
+        """An empty history; memory grows as it is used."""
+        batch, size = z.shape
+        row, none = z.new_zeros(batch), z.new_zeros(batch, 0, size + padding(size))
+        skip = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        valid = torch.zeros(batch, 0, dtype=torch.bool, device=z.device)
+        return SecantState(
+            z, z, row, none, none, z.new_zeros(batch, self.matrices, 0, 0), valid, skip, self.begin(z), -1
+        )
+
+    def step(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
+        """The quasi-Newton step; the first one is Picard's."""
+        r = fz - z
+        size = per_sample(r)
+        if state.pairs < 0:
+            return torch.add(z, r, alpha=self.tau), state._replace(z=z, r=r, size=size, pairs=0)
+        n, slot = min(state.pairs + 1, self.depth), state.pairs % self.depth
+        state = _with_room(state, n, self.depth)
+
+        s, y = z - state.z, r - state.r
+        length = per_sample(y)
+        # A difference that is nothing but rounding, or that a rescue has spoilt, says nothing.
+        info = torch.finfo(z.dtype)
+        usable = (length > info.eps * size) & (length > info.tiny) & (state.skip == 0)
+        weight = torch.where(usable, 1 / length, 0.0)[:, None]
+        s, y = s * weight, y * weight
+        d = z.shape[1]
+        state.y[:, slot, :d] = y
+        torch.add(s, y, alpha=self.tau, out=state.u[:, slot, :d])
+        state.valid[:, slot] = usable
+        step = torch.add(z, r, alpha=self.tau)
+        if self.growth < math.inf:
+            grew = size > self.growth * state.size
+            state.valid.masked_fill_(grew[:, None], False)
+            step = torch.where(grew[:, None], torch.add(z, r, alpha=self.tau / 2), step)
+
+        products = self._products(state.y[:, :n], state.u[:, :n], s, y, r)
+        row, column = self.entries(products)  # (B, matrices, n)
+        state.k[:, :, slot, :n] = row
+        state.k[:, :, :n, slot] = column
+        valid = state.valid[:, :n]
+        counts = (valid[:, :, None] & valid[:, None, :])[:, None]
+        k = torch.where(counts, state.k[:, :, :n, :n], torch.eye(n, dtype=z.dtype, device=z.device))
+        k, b, more = self.system(k, products, size / state.size, state.more)
+        gamma = solve_small(k, torch.where(valid, b, 0.0))
+        z_next = step - torch.bmm(gamma[:, None], state.u[:, :n])[:, 0, :d]
+        skip = (state.skip - 1).clamp_min(0)
+        return z_next, state._replace(z=z, r=r, size=size, skip=skip, more=more, pairs=state.pairs + 1)
+
+    def _products(self, ys: Tensor, us: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Products:
+        new = torch.stack((y, r, s) if self.needs_s else (y, r), dim=1)
+        if extra := padding(y.shape[1]):
+            new = torch.nn.functional.pad(new, (0, extra))
+        # The transpose of a stack, not a stack of columns, which is four times slower.
+        yy, yr, *more = torch.bmm(ys, new.mT).unbind(2)
+        if not self.needs_s:
+            return Products(yy, yr, yy, yy, yr, yy)
+        uy, ur, us_ = torch.bmm(us, new.mT).unbind(2)
+        # S = U − τ Y
+        return Products(
+            yy, yr, more[0], torch.sub(uy, yy, alpha=self.tau), torch.sub(ur, yr, alpha=self.tau), us_
+        )
+
+    def rescue(
+        self, z: Tensor, fz: Tensor, state: SecantState, struck: Tensor, strikes: Tensor
+    ) -> tuple[Tensor, Tensor, SecantState]:
+        """See `SolverLoop.rescue`: the iterate before, with half its residual, and no history."""
+        back = struck[:, None]
+        halved = torch.add(state.z, state.r, alpha=0.5)
+        state = state._replace(
+            valid=state.valid & ~back,
+            # Neither this step's difference nor the next one's is that of two iterates.
+            skip=torch.where(struck, 2, state.skip),
+        )
+        return torch.where(back, state.z, z), torch.where(back, halved, fz), state
+
+
+def solve_small(k: Tensor, b: Tensor) -> Tensor:
+    """γ with K γ = b, (B, n), for K (B, n, n) and b (B, n); 0 for a sample whose K is singular."""
+    n = b.shape[1]
+    if extra := padding(n):
+        k = torch.nn.functional.pad(k, (0, extra, 0, extra))
+        k.diagonal(dim1=1, dim2=2)[:, n:] = 1
+        b = torch.nn.functional.pad(b, (0, extra))
+    gamma, info = torch.linalg.solve_ex(k, b)  # does not raise on a singular sample
+    usable = (info == 0) & gamma.isfinite().all(dim=1)
+    return torch.where(usable[:, None], gamma, 0.0)[:, :n]  # … which makes a Picard step
+
+
+def padding(size: int) -> int:
+    """Columns to add so that each sample's numbers begin at a multiple of 64 bytes, in float64.
+
+    Where they do not, products and solves on the CPU round differently, and a sample's last bits would depend on where
+    in the batch it stands.
+    """
+    return -size % 8
+
+
+def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
+    """The state with room for n pairs. Capacity doubles, up to `depth`, so that memory follows use."""
+    batch, capacity, size = state.y.shape
+    if n <= capacity:
+        return state
+    more = min(max(4, capacity), depth - capacity)
+    none = state.y.new_zeros(batch, more, size)
+    return state._replace(
+        y=torch.cat([state.y, none], dim=1),
+        u=torch.cat([state.u, none], dim=1),
+        k=torch.nn.functional.pad(state.k, (0, more, 0, more)),
+        valid=torch.nn.functional.pad(state.valid, (0, more)),
+    )
