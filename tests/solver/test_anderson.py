@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.problems import attention, tanh
 from tests.problems import F64, TanhMap, random_matrix
 from torchdeq import GMRES, AffineMap, Anderson, FixedPointIteration
 
@@ -81,3 +82,36 @@ def test_a_singular_system_at_lam_zero_falls_back_to_a_plain_step():
     f = lambda z: torch.ones_like(z)  # noqa: E731 - differences of residuals vanish after one step
     solution = Anderson(lam=0.0, tol=0.0, max_iter=6)(f, torch.zeros(1, 3, dtype=F64))
     assert torch.equal(solution.z, torch.ones(1, 3, dtype=F64))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5])
+def test_an_attention_block_in_float32_within_22_evaluations(scale):
+    """0.1.0 does not reach a relative residual of 1e-5 in 60: its regularisation is absolute."""
+    p = attention(scale)
+    solution = Anderson(tol=1e-5, stop_mode="rel")(p.f, p.z0)
+    assert solution.converged.all()
+    assert solution.nfe <= 22
+
+
+def test_type_one_reaches_where_type_two_does_not():
+    p = tanh(2.0, batch=4)
+    options = {"m": 10, "tol": 1e-3, "stop_mode": "rel", "max_iter": 250}
+    assert Anderson(type=1, **options)(p.f, p.z0).converged.all()
+    assert not Anderson(type=2, **options)(p.f, p.z0).converged.all()
+
+
+def test_complex_states_by_the_real_part_of_the_hermitian_product():
+    """A complex matrix, and one with a conjugation, which is not linear over the complex numbers."""
+    gen = torch.Generator().manual_seed(0)
+    a = torch.randn(6, 6, dtype=torch.complex128, generator=gen) * 0.3
+    b = torch.randn(2, 6, dtype=torch.complex128, generator=gen)
+    for f in (lambda z: z @ a.T + b, lambda z: z.conj() @ a.T + b):
+        solution = Anderson(m=12, tol=1e-11, max_iter=100)(f, torch.zeros_like(b))
+        assert solution.converged.all()
+        assert solution.z.dtype == torch.complex128
+        assert (f(solution.z) - solution.z).abs().max() < 1e-11
+
+
+def test_a_wrong_type_teaches():
+    with pytest.raises(ValueError, match="type must be 1 or 2"):
+        Anderson(type=3)

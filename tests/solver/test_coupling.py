@@ -1,4 +1,4 @@
-"""Whether a linear map couples samples is seen, and not imagined."""
+"""Whether a map couples samples is seen, and not imagined."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.problems import F64, random_matrix
-from torchdeq.solver.coupling import couples_samples
+from torchdeq.solver.coupling import couples_samples, mixes_samples
 
 
 def states(batch, dtype=F64, n=5):
@@ -30,3 +30,20 @@ def test_a_coupling_at_any_distance_is_seen(batch, strength):
 
 def test_a_coupling_through_the_mean_is_seen():
     assert couples_samples(lambda u: u - u.mean(dim=0), states(8))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_mixes_samples_sees_both_directions(batch):
+    z = torch.randn(batch, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    down = torch.ones(batch, batch, dtype=F64).tril()
+    for mix in (down, down.T, torch.full((batch, batch), 0.1, dtype=F64)):
+        assert mixes_samples(lambda z, mix=mix: mix @ z, z)
+    assert not mixes_samples(lambda z: torch.tanh(z), z)
+    assert not mixes_samples(torch.zeros_like, torch.zeros_like(z))
+
+
+def test_batch_normalisation_in_training_mode_is_seen():
+    norm = torch.nn.BatchNorm1d(3, dtype=F64)
+    z = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    assert mixes_samples(norm, z)
+    assert not mixes_samples(norm.eval(), z)

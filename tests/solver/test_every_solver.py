@@ -535,3 +535,19 @@ def test_compact_with_a_record_and_a_closure_over_the_batch():
     assert all((b <= a).all() for a, b in itertools.pairwise(sizes))
     with pytest.raises(RuntimeError, match="rows"):  # f closes over all of x and takes no `rows`
         solver.replace(compact=True)(lambda z: torch.tanh(z @ f.w.T + f.x), f.z0)
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_a_slowly_drifting_input_costs_half_of_a_cold_start(name):
+    w = random_matrix(64, 0.9)
+    gen = torch.Generator().manual_seed(1)
+    x, drift = (torch.randn(4, 64, dtype=F64, generator=gen) for _ in range(2))
+    solver = as_solver(name, tol=1e-6, stop_mode="rel", max_iter=200)
+    z = torch.zeros_like(x)
+    for step in range(4):
+        f = lambda z, now=x + 1e-4 * step * drift: torch.tanh(z @ w.T + now)  # noqa: E731
+        cold, warm = solver(f, torch.zeros_like(x)), solver(f, z)
+        assert warm.converged.all()
+        z = warm.z
+        if step:
+            assert warm.nfe <= 0.5 * cold.nfe

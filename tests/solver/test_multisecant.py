@@ -24,24 +24,24 @@ def test_on_an_affine_map_it_is_anderson_with_all_of_its_memory_and_so_gmres():
     assert (mine.z - f(krylov)).norm() / b.norm() < 1e-6  # λ = 1e-8
 
 
-def test_a_grown_residual_makes_ten_steps_of_broydens():
+def test_a_grown_residual_makes_twenty_steps_of_broydens():
     f = TanhMap.make(n=8, batch=2, gain=0.5)
     solver = Multisecant()
     z, state = f.z0, solver.init(f.z0)
     for _ in range(3):
         z, state = solver.step(f, z, f(z).detach(), state)
-    assert (state.more >= 10).all()  # calm
+    assert (state.more >= 20).all()  # calm
     z = z.clone()
     z[1] += 50
     z, state = solver.step(f, z, f(z).detach(), state)
-    assert state.more[0] >= 10
+    assert state.more[0] >= 20
     assert state.more[1] == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_reaches_where_anderson_does_not(seed):
     """Far from a contraction: Picard diverges, Anderson's method goes in circles, Broyden's arrives."""
-    p = tanh(2.0, batch=4, seed=seed)
+    p = tanh(2.0, batch=2, seed=seed)
     options = {"tol": 1e-5, "stop_mode": "rel", "max_iter": 250}
     anderson = Anderson(**options)(p.f, p.z0)
     mine = Multisecant(**options)(p.f, p.z0)

@@ -82,6 +82,31 @@ def test_an_f_that_autograd_cannot_follow_gets_an_error_that_names_a_solver_for_
         NewtonKrylov()(lambda z: torch.from_numpy(np.cos(z.numpy())), torch.zeros(1, 1))
 
 
+def test_differences_do_where_derivatives_are_not_to_be_had():
+    solver = NewtonKrylov(derivative="difference", tol=1e-9, max_iter=100)
+    solution = solver(lambda z: torch.from_numpy(3 * np.cos(z.numpy())), torch.ones(2, 3, dtype=F64))
+    assert solution.converged.all()
+
+    def attends(z):  # fused attention has no second derivative on a CPU
+        return 0.5 * torch.nn.functional.scaled_dot_product_attention(z, z, z) + 1
+
+    z0 = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match=r"derivative='difference'"):
+        NewtonKrylov(tol=1e-4)(attends, z0)
+    assert solver.replace(tol=1e-4)(attends, z0).converged.all()
+
+
+@pytest.mark.parametrize("gain", [0.6, 0.9])
+def test_differences_cost_what_derivatives_cost(gain):
+    f = TanhMap.make(n=24, gain=gain)
+    exact = NewtonKrylov(tol=1e-9, max_iter=300)(f, f.z0)
+    difference = NewtonKrylov(tol=1e-9, max_iter=300, derivative="difference")(f, f.z0)
+    assert exact.converged.all()
+    assert difference.converged.all()
+    assert torch.allclose(exact.z, difference.z, atol=1e-7)
+    assert difference.nfe <= exact.nfe + 5
+
+
 def test_a_constant_f_is_solved_without_a_derivative():
     solution = NewtonKrylov()(lambda z: torch.ones(2, 3), torch.zeros(2, 3))
     assert solution.converged.all()

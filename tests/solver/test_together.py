@@ -29,7 +29,6 @@ from torchdeq import (
     Multisecant,
     NewtonKrylov,
 )
-from torchdeq.solver.together import mixes_samples
 
 
 def dense_coupling():
@@ -112,23 +111,6 @@ def test_krylov_spaces_of_samples_that_are_coupled():
     assert solution.converged.all()
     exact = torch.linalg.solve(torch.eye(24, dtype=F64) - a, b.reshape(-1))
     assert torch.allclose(solution.z.reshape(-1), exact, atol=1e-8)
-
-
-@pytest.mark.parametrize("batch", [2, 3, 8])
-def test_mixes_samples_sees_both_directions(batch):
-    z = torch.randn(batch, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-    down = torch.ones(batch, batch, dtype=F64).tril()
-    for mix in (down, down.T, torch.full((batch, batch), 0.1, dtype=F64)):
-        assert mixes_samples(lambda z, mix=mix: mix @ z, z)
-    assert not mixes_samples(lambda z: torch.tanh(z), z)
-    assert not mixes_samples(torch.zeros_like, torch.zeros_like(z))
-
-
-def test_batch_normalisation_in_training_mode_is_seen():
-    norm = torch.nn.BatchNorm1d(3, dtype=F64)
-    z = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-    assert mixes_samples(norm, z)
-    assert not mixes_samples(norm.eval(), z)
 
 
 def test_two_samples_that_start_with_residuals_one_and_zero():

@@ -16,6 +16,7 @@ from torchdeq.solution import Solution
 from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.coupling import couples_samples
 from torchdeq.solver.maps import AffineMap
+from torchdeq.solver.together import spread, warn_of_coupling
 
 
 def solve_adjoint(
@@ -56,7 +57,8 @@ def solve_adjoint(
 
 def _solve_together(vjp: Map, g: Tensor, solver: SolverLoop, spent: int) -> tuple[Solution, Tensor]:
     """The system with the batch as one sample; residuals relative to the norm of the whole g."""
-    shape, count = g.shape, g.shape[0]
+    warn_of_coupling("the adjoint solve of a backward pass")
+    shape = g.shape
     flat = g.reshape(1, -1)
     size = _norm(flat)
     size = torch.where(size != 0, size, 1.0)[:, None]
@@ -66,18 +68,7 @@ def _solve_together(vjp: Map, g: Tensor, solver: SolverLoop, spent: int) -> tupl
 
     solution = solver.run(AffineMap(linear, flat / size), together=False)
     u = (solution.z * size).reshape(shape)
-    for_all = dataclasses.replace(
-        solution,
-        z=u,
-        abs_residual=solution.abs_residual.expand(count),
-        rel_residual=solution.rel_residual.expand(count),
-        status=solution.status.expand(count),
-        nstep=solution.nstep.expand(count),
-        nfe=solution.nfe + spent,
-        abs_trace=solution.abs_trace.expand(-1, count),
-        rel_trace=solution.rel_trace.expand(-1, count),
-    )
-    return for_all, u
+    return dataclasses.replace(spread(solution, u), nfe=solution.nfe + spent), u
 
 
 def _norm(g: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from torchdeq._replay import AutocastState, RandomState
-from torchdeq._state import Map, per_sample
+from torchdeq._state import Layout, Map, per_sample
 from torchdeq.grad.adjoint import solve_adjoint
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.solution import Reporter
-from torchdeq.solver.base import SolverLoop
+from torchdeq.solver.base import SolverLoop, layout_of_map
 from torchdeq.solver.gmres import GMRES
 
 ADJOINT_REMEDY = (
@@ -70,6 +70,7 @@ class IFT(GradMethod):
             return [f(z)]
         if self.hook:
             return [self._hooked(f, z.requires_grad_(), report)]
+        layout = layout_of_map(f)
         amp, random = AutocastState.capture(z.device), RandomState.capture(z.device)
         fz = f(z)
         if not fz.requires_grad:  # nothing to differentiate with respect to
@@ -80,7 +81,7 @@ class IFT(GradMethod):
                 again = z.detach().requires_grad_()
                 fz_again = f(again)
             _check_same(fz, fz_again, loose=amp.enabled)
-            return self._solve(again, fz_again, g, report)
+            return self._solve(again, fz_again, g, layout, report)
 
         out: Tensor = _Adjoint.apply(fz, z, solve)
         return [out]
@@ -89,13 +90,14 @@ class IFT(GradMethod):
         fz = f(z)
         if not fz.requires_grad:
             return fz
+        layout = layout_of_map(f)
         # The last pass through the graph leaves Jᵀu on our private z; nobody wants it.
         z.register_post_accumulate_grad_hook(_drop_grad)
 
         def solve(g: Tensor | None) -> Tensor | None:
             if g is None:  # an undefined gradient stands for zero
                 return None
-            return first_order_only(self._solve(z, fz, g, report), g, fz)
+            return first_order_only(self._solve(z, fz, g, layout, report), g, fz)
 
         # The hook sits on a copy that the solve does not pass through, so it is never re-entered and needs
         # no removal: every backward pass solves, each call of the module its own system.
@@ -103,7 +105,7 @@ class IFT(GradMethod):
         out.register_hook(solve)
         return out
 
-    def _solve(self, z: Tensor, fz: Tensor, g: Tensor, report: OnBackward) -> Tensor:
+    def _solve(self, z: Tensor, fz: Tensor, g: Tensor, layout: Layout | None, report: OnBackward) -> Tensor:
         """u, from the graph of fz = f(z)."""
 
         def vjp(u: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class IFT(GradMethod):
             return torch.zeros_like(u) if ju is None else ju
 
         with torch.no_grad():
-            u, solution = solve_adjoint(vjp, g, self.solver)
+            u, solution = solve_adjoint(vjp, g, self.solver, layout)
         report(solution)
         return u
 

@@ -36,7 +36,7 @@ class AffineSolver(Solver):
     The estimate that a Krylov recurrence gives is the residual only if L treats samples separately and
     rounding is small. So the last evaluation goes to the residual itself, b − (I − L) u, and this is what
     `Solution.residual` reports and what `converged` means. `max_iter` includes it. A relative residual is divided by
-    ‖b‖. `min_iter`, `patience`, `compact` and `return_final` are for iterations of f and have no effect.
+    ‖b‖. `min_iter`, `patience`, `compact` and `return_final` are for iterations of f; to set them is an error.
 
     Example:
         Orthomin(1): u ← u + ω r with the ω that makes the residual smallest. The probe is the residual.
@@ -70,6 +70,15 @@ class AffineSolver(Solver):
     preconditionable: ClassVar[bool] = True
     #: Whether the method needs I − L to be symmetric.
     symmetric_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_iter", "patience", "compact", "return_final"):
+            default = Solver.__dataclass_fields__[name].default
+            self.require(
+                getattr(self, name) == default,
+                f"{name} is for iterations of f; a solver of affine maps has no use for it. Leave it at {default!r}",
+            )
 
     def first(self, r: Tensor) -> Any:
         """The state that has r (B, D) as residual, of norm 1 or 0 per sample.

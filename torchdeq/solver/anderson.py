@@ -88,7 +88,9 @@ class Anderson(SecantSolver):
         row, column = (products.yy, products.yy) if self.type == 2 else (products.ys, products.sy)
         return row[:, None], column[:, None]
 
-    def system(self, k: Tensor, products: Products, grew: Tensor, more: None) -> tuple[Tensor, Tensor, None]:
+    def system(
+        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: None
+    ) -> tuple[Tensor, Tensor, None]:
         """(Y Yᵀ + λ I) γ = Y r, or S Yᵀ γ = S r."""
         if self.type == 1:
             return k[:, 0], products.sr, None
@@ -97,6 +99,11 @@ class Anderson(SecantSolver):
 
 def regularised(gram: Tensor, lam: float | None = None) -> Tensor:
     """The Gram matrix of unit vectors (B, n, n) + λ I; λ by dtype if it is None."""
-    if lam is None:
-        lam = 1e-8 if gram.dtype == torch.float64 else 1e-6
-    return gram + lam * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    gram = gram.clone()
+    gram.diagonal(dim1=1, dim2=2).add_(default_lam(gram.dtype) if lam is None else lam)
+    return gram
+
+
+def default_lam(dtype: torch.dtype) -> float:
+    """λ for unit vectors of this dtype."""
+    return 1e-8 if dtype == torch.float64 else 1e-6

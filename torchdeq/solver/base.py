@@ -22,8 +22,9 @@ from torchdeq._method import Method
 from torchdeq._replay import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
 from torchdeq.solution import Reporter, Solution, Status, StopMode
+from torchdeq.solver.coupling import mixes_samples
 from torchdeq.solver.maps import AffineMap, Tally
-from torchdeq.solver.together import mixes_samples, solve_together
+from torchdeq.solver.together import solve_together
 from torchdeq.solver.watch import Iterate, Watch, leaf_max, relative
 
 SOLVER_REMEDY = (
@@ -35,8 +36,8 @@ SOLVER_REMEDY = (
 class SolverLoop:
     """What a solver can do once it has `init` and `step`: everything but hold its hyperparameters.
 
-    `Solver` adds them as the fields of a frozen dataclass, `SolverModule` as attributes of a module that may learn. Both
-    are solvers to the rest of the library.
+    `Solver` adds them as the fields of a frozen dataclass, `SolverModule` as attributes of a module that may learn.
+    Both are solvers to the rest of the library.
 
     Example:
         >>> from torchdeq import Anderson, SolverModule
@@ -283,9 +284,9 @@ class SolverLoop:
             image = few(z[rows])  # does f give these samples what it gave them among the others?
         except Exception as error:
             error.add_note(
-                f"{self!r} called f with {len(rows)} of {len(z)} samples, because compact=True leaves out those that are "
-                f"done. An f that closes over an input of the whole batch needs a parameter `rows`, the numbers of the "
-                f"samples it is asked about: def f(z, rows=None): ..."
+                f"{self!r} called f with {len(rows)} of {len(z)} samples, because compact=True leaves out those that "
+                f"are done. An f that closes over an input of the whole batch needs a parameter `rows`, the numbers of "
+                f"the samples it is asked about: def f(z, rows=None): ..."
             )
             raise
         apart = per_sample(image - fz[rows])

@@ -79,7 +79,9 @@ class Broyden(SecantSolver):
             return products.us[:, None], products.sy[:, None]
         return torch.zeros_like(products.yy)[:, None], products.yy[:, None]
 
-    def system(self, k: Tensor, products: Products, grew: Tensor, more: Any) -> tuple[Tensor, Tensor, Any]:
+    def system(
+        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: Any
+    ) -> tuple[Tensor, Tensor, Any]:
         """K γ = S r, or Y r."""
         return k[:, 0], products.sr if self.kind == "good" else products.yr, more
 

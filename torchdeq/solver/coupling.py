@@ -1,4 +1,4 @@
-"""Whether a linear map mixes the samples of a batch, for which no Krylov space per sample is right."""
+"""Whether a map mixes the samples of a batch, for which coefficients found for each sample alone are not right."""
 
 from __future__ import annotations
 
@@ -32,3 +32,29 @@ def couples_samples(linear: Map, u: Tensor) -> bool:
     apart = per_sample(linear(u * scale) / scale - image)
     level = math.sqrt(torch.finfo(u.dtype).eps) * (per_sample(image) + per_sample(u))
     return bool((apart > level).any())
+
+
+def mixes_samples(f: Map, z: Tensor) -> bool:
+    """Whether f(z) of some samples changes when others do. Three evaluations.
+
+    The samples are divided in two halves, at random but always alike. A coupling within both halves only is not seen.
+
+    Arguments:
+        f: (B, D) -> (B, D).
+        z: where to look, (B, D), finite.
+
+    Example:
+        >>> z = torch.ones(4, 2)
+        >>> mixes_samples(torch.cos, z), mixes_samples(lambda z: z - z.mean(0), z)
+        (False, True)
+    """
+    count, size = z.shape
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randperm(count, generator=generator).to(z.device) < (count + 1) // 2  # (B,)
+    noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+    level = per_sample(z) / max(size, 1) ** 0.5
+    moved = z + noise * torch.where(level > 0, level, level.mean().clamp_min(1e-6))[:, None]
+    here, others, both = f(z), f(torch.where(half[:, None], z, moved)), f(moved)
+    apart = torch.where(half, per_sample(others - here), per_sample(both - others))
+    allowed = math.sqrt(torch.finfo(z.dtype).eps) * (per_sample(here) + per_sample(both))
+    return bool((apart > allowed).any())

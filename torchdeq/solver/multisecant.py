@@ -1,7 +1,7 @@
 """Anderson's type II steps where they lead down, Broyden's where they do not: the default solver of `DEQ`.
 
     z_{k+1} = z_k + r_k − Uᵀ γ,      with the γ of Anderson's type II while ‖r_k‖ falls,
-                                     and of Broyden's good method for ten steps after it has grown.
+                                     and of Broyden's good method for twenty steps after it has grown.
 
 On a contraction the residual falls, and type II, which makes the predicted residual smallest, needs the fewest
 evaluations. Far from one its predictions fail; the good method, which trusts old differences less, goes on to
@@ -21,10 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchdeq.solver.anderson import regularised
+from torchdeq.solver.anderson import default_lam
 from torchdeq.solver.secant import Products, SecantSolver
 
-_CAUTION = 10  # steps of Broyden's after a residual has grown
+_CAUTION = 20  # steps of Broyden's after a residual has grown
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -32,8 +32,9 @@ class Multisecant(SecantSolver):
     """Anderson's and Broyden's methods in one, chosen per sample and step. One evaluation per step.
 
     Arguments:
-        m: the largest number of differences in use, at least 1. Memory is two states for each, as they are used: a
-            solve that takes 12 evaluations holds 22 states. 40 lets a hard solve remember nearly all of it.
+        m: the largest number of differences in use, at least 1; beyond it the oldest is forgotten. Memory is two states
+            for each, as they are used: a solve that takes 12 evaluations holds 22. None: all of them, which hard
+            maps reward. 20 is nearly as good on the others.
 
     Example:
         Plain iteration diverges here.
@@ -44,21 +45,21 @@ class Multisecant(SecantSolver):
         (True, 1.1701)
     """
 
-    m: int = 40
+    m: int | None = None
 
     matrices: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            isinstance(self.m, int) and self.m >= 1,
-            f"the history length m must be an integer of at least 1, got {self.m!r}",
+            self.m is None or (isinstance(self.m, int) and self.m >= 1),
+            f"the history length m must be None or an integer of at least 1, got {self.m!r}",
         )
 
     @property
     def depth(self) -> int:
-        """m."""
-        return self.m
+        """m, or as many as there are steps."""
+        return self.m or self.max_iter
 
     def entries(self, products: Products) -> tuple[Tensor, Tensor]:
         """Of Y Yᵀ, and of S Yᵀ + strictly lower part of S Sᵀ."""
@@ -69,11 +70,12 @@ class Multisecant(SecantSolver):
         return torch.full_like(z[:, 0] if z.shape[1] else z.sum(1), _CAUTION)
 
     def system(
-        self, k: Tensor, products: Products, grew: Tensor, more: Tensor
+        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Anderson's for a sample that is calm, Broyden's for one that is not."""
-        more = torch.where(grew > 1, 0.0, more + 1)
-        calm = more >= _CAUTION
+        more = (more + 1).masked_fill(size > before, 0.0)
+        calm = (more >= _CAUTION)[:, None]
         gram, good = k.unbind(1)
-        k = torch.where(calm[:, None, None], regularised(gram), good)
-        return k, torch.where(calm[:, None], products.yr, products.sr), more
+        k = torch.where(calm[:, :, None], gram, good)
+        k.diagonal(dim1=1, dim2=2).add_(calm, alpha=default_lam(k.dtype))
+        return k, torch.where(calm, products.yr, products.sr), more

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdeq._state import Map, per_sample
+from torchdeq._state import Map, per_sample, select_rows
 from torchdeq.solution import Solution
 from torchdeq.solver.affine import AffineSolver
 from torchdeq.solver.base import Solver, start_of
@@ -39,15 +39,25 @@ class NewtonState(NamedTuple):
     eta: Tensor  # (B,), the forcing term that gave d
 
 
+_NOT_EXACT = (
+    "NewtonKrylov differentiates f, twice as far as autograd is concerned. For an f that does not allow that (one "
+    "computed outside of torch, or with a fused attention kernel) use NewtonKrylov(derivative='difference'), or "
+    "Multisecant(), which needs no derivative."
+)
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class NewtonKrylov(Solver):
     """Newton–Krylov with backtracking. For high accuracy, and for maps on which Picard iteration diverges.
 
     Memory is that of one graph of f and of the Krylov space. Every product with J counts as an evaluation, and so does
-    the product with Jᵀ that prepares those at an iterate. Autograd must be able to differentiate f twice.
+    the product with Jᵀ that prepares those at an iterate.
 
     Arguments:
         linear: solves for the direction.
+        derivative: 'exact': J v by automatic differentiation, which must be able to go through f twice.
+            'difference': J v as the difference quotient of f along v, one call of f without a graph. It is right to
+            half the digits, which is enough for tolerances down to some hundred ε.
 
     Example:
         >>> import torch
@@ -58,6 +68,7 @@ class NewtonKrylov(Solver):
     """
 
     linear: AffineSolver = GMRES()  # noqa: RUF009 - frozen
+    derivative: Literal["exact", "difference"] = "exact"
 
     recovers: ClassVar[int] = 20  # the line search comes back from there by itself
 
@@ -66,6 +77,10 @@ class NewtonKrylov(Solver):
         self.require(
             isinstance(self.linear, AffineSolver),
             f"linear must be a solver of affine maps such as GMRES(), got {self.linear!r}",
+        )
+        self.require(
+            self.derivative in ("exact", "difference"),
+            f"derivative must be 'exact' or 'difference', got {self.derivative!r}",
         )
 
     def init(self, z: Tensor) -> NewtonState:
@@ -110,16 +125,26 @@ class NewtonKrylov(Solver):
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         z = start_of(f.f) if z0 is None else z0
         traced = Linearised(f.f, f.amp, f.limit, f.layout)
-        traced.calls = f.calls
+        traced.calls, traced.exact = f.calls, self.derivative == "exact"
         solution = self._iterate(traced, z, self.init(z), record)
         f.calls = traced.calls
         return solution
 
 
 class Linearised(Tally):
-    """f whose last call kept its graph, for products with the Jacobian there."""
+    """f, and products with its Jacobian where it was called last.
+
+    Arguments:
+        exact: whether they are derivatives; else differences.
+    """
+
+    exact = True
 
     def __call__(self, z: Tensor) -> Tensor:
+        self.at = z
+        if not self.exact:
+            self.image = super().__call__(z).clone()  # f may write its next output into the same memory
+            return self.image
         with torch.inference_mode(False), torch.enable_grad():
             self.at = z.detach().clone().requires_grad_()
             try:
@@ -127,38 +152,43 @@ class Linearised(Tally):
                     self.at.clone()
                 )  # a copy, so that an f in place meets our error
             except RuntimeError as error:
-                error.add_note(
-                    "NewtonKrylov differentiates f, so f is called with a state that requires grad. For an f that "
-                    "autograd cannot follow use Multisecant() or Anderson()."
-                )
+                error.add_note(_NOT_EXACT)
                 raise
         return self.image.detach()
 
     def select(self, rows: Tensor) -> Linearised:
         """See `Tally.select`."""
-        few = super().select(rows)
-        mine = Linearised(few.f, few.amp, few.limit, few.layout)
-        mine.calls = few.calls
-        return mine
+        few = Linearised(select_rows(self.f, rows), self.amp, self.limit, self.layout)
+        few.calls, few.exact = self.calls, self.exact
+        return few
 
     def solve(self, linear: AffineSolver, r: Tensor, limit: Tensor) -> Tensor:
         """d with (I − J) d = r to the residual norms `limit` (B,), within the evaluations that are left but one."""
-        if not self.image.requires_grad:  # f does not depend on z, or not in a way that autograd knows
-            return r
         if self.calls >= self.limit - 2 or not bool(limit.isfinite().any()):
             return r
-        self.calls += 1
-
-        def vjp(w: Tensor) -> Tensor:
-            (product,) = torch.autograd.grad(
-                self.image, self.at, w, create_graph=True, materialize_grads=True
-            )
-            return product
-
+        products = Tally(self._difference, self.amp)
+        products.calls = self.calls
         with torch.inference_mode(False):
-            _, jvp = with_transpose(vjp, torch.zeros_like(r))
-            products = Tally(jvp, self.amp)
-            products.calls = self.calls
-            found = linear.solve(products, r.clone(), limit=limit, budget=self.limit - 1, check=False)
+            r = r.clone()
+            if self.exact:
+                if not self.image.requires_grad:  # f does not depend on z
+                    return r
+                _, products.f = with_transpose(self._vjp, r)
+                products.calls += 1
+            try:
+                found = linear.solve(products, r, limit=limit, budget=self.limit - 1, check=False)
+            except RuntimeError as error:
+                error.add_note(_NOT_EXACT)
+                raise
         self.calls = products.calls
         return torch.where((found.steps > 0)[:, None], found.u, r)
+
+    def _vjp(self, w: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(self.image, self.at, w, create_graph=True, materialize_grads=True)
+        return product
+
+    def _difference(self, v: Tensor) -> Tensor:
+        """(f(z + h v) − f(z)) / h, with h v of the size of √ε z."""
+        size = per_sample(v)
+        h = torch.finfo(v.dtype).eps ** 0.5 * (per_sample(self.at) + 1) / size.masked_fill(size == 0, 1.0)
+        return (self.f(self.at + h[:, None] * v) - self.image) / h[:, None]

@@ -58,7 +58,7 @@ class RRE(Solver):
     def init(self, z: Tensor) -> RREState:
         """An empty cycle."""
         batch, size = z.shape
-        return RREState(z.new_zeros(batch, self.m + 1, size + padding(size)), 0)
+        return RREState(z.new_zeros(batch, self.m + 1, size + padding(size, z)), 0)
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: RREState) -> tuple[Tensor, RREState]:
         """A Picard step, or the extrapolation that ends the cycle."""
@@ -76,5 +76,5 @@ class RRE(Solver):
         gram = torch.where(valid[:, :, None] & valid[:, None], torch.bmm(y, y.mT), torch.eye(self.m).to(y))
         b = torch.bmm(r[:, -1:], y.mT)[:, 0]
         gamma = solve_small(regularised(gram), torch.where(valid, b, 0.0))
-        weighted = torch.nn.functional.pad(gamma * weight, (0, padding(self.m)))[:, None, : self.m]
+        weighted = torch.nn.functional.pad(gamma * weight, (0, padding(self.m, z)))[:, None, : self.m]
         return fz - torch.bmm(weighted, r[:, 1:])[:, 0, :d], RREState(r, 0)

@@ -41,10 +41,10 @@ class SecantState(NamedTuple):
     y: Tensor  # (B, capacity, D), and zeros for alignment
     u: Tensor  # likewise, s + τ y
     k: Tensor  # (B, matrices, capacity, capacity)
-    valid: Tensor  # (B, capacity), which rows count; the others get γ = 0
-    skip: Tensor  # (B,), how many differences to come say nothing
     more: Any  # what a method remembers besides
     pairs: int  # differences so far; −1 before the first evaluation
+    valid: Tensor | None  # (B, capacity), which rows count, the others get γ = 0; None: all of them
+    skip: Tensor | None  # (B,), how many differences to come say nothing; None: none
 
 
 class Products(NamedTuple):
@@ -87,13 +87,16 @@ class SecantSolver(Solver):
         """K's row and column for the newest pair, (B, matrices, n) each. Where they meet the column counts."""
         raise NotImplementedError
 
-    def system(self, k: Tensor, products: Products, grew: Tensor, more: Any) -> tuple[Tensor, Tensor, Any]:
+    def system(
+        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: Any
+    ) -> tuple[Tensor, Tensor, Any]:
         """K (B, n, n) and V r (B, n) for this step, and what the method remembers besides.
 
         Arguments:
-            k: all matrices, (B, matrices, n, n), with the identity in the rows and columns that do not count.
+            k: all matrices, (B, matrices, n, n).
             products: see `Products`.
-            grew: (B,), the new residual norm over the last one.
+            size: (B,), the norm of the residual.
+            before: (B,), that of the residual before it.
             more: what the method remembered.
         """
         raise NotImplementedError
@@ -105,55 +108,59 @@ class SecantSolver(Solver):
     def init(self, z: Tensor) -> SecantState:
         """An empty history; memory grows as it is used."""
         batch, size = z.shape
-        row, none = z.new_zeros(batch), z.new_zeros(batch, 0, size + padding(size))
-        skip = torch.zeros(batch, dtype=torch.int64, device=z.device)
-        valid = torch.zeros(batch, 0, dtype=torch.bool, device=z.device)
-        return SecantState(
-            z, z, row, none, none, z.new_zeros(batch, self.matrices, 0, 0), valid, skip, self.begin(z), -1
-        )
+        row, none = z.new_zeros(batch), z.new_zeros(batch, 0, size + padding(size, z))
+        k = z.new_zeros(batch, self.matrices, 0, 0)
+        valid = torch.zeros(batch, 0, dtype=torch.bool, device=z.device) if self.growth < math.inf else None
+        return SecantState(z, z, row, none, none, k, self.begin(z), -1, valid, None)
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
         """The quasi-Newton step; the first one is Picard's."""
         r = fz - z
         size = per_sample(r)
+        step = torch.add(z, r, alpha=self.tau)
         if state.pairs < 0:
-            return torch.add(z, r, alpha=self.tau), state._replace(z=z, r=r, size=size, pairs=0)
-        n, slot = min(state.pairs + 1, self.depth), state.pairs % self.depth
+            return step, state._replace(z=z, r=r, size=size, pairs=0)
+        n, slot, d = min(state.pairs + 1, self.depth), state.pairs % self.depth, z.shape[1]
         state = _with_room(state, n, self.depth)
 
         s, y = z - state.z, r - state.r
         length = per_sample(y)
         # A difference that is nothing but rounding, or that a rescue has spoilt, says nothing.
         info = torch.finfo(z.dtype)
-        usable = (length > info.eps * size) & (length > info.tiny) & (state.skip == 0)
-        weight = torch.where(usable, 1 / length, 0.0)[:, None]
+        void = length <= (info.eps * size).clamp_min(info.tiny)
+        if state.skip is not None:
+            void = void | (state.skip > 0)
+            state = state._replace(skip=(state.skip - 1).clamp_min(0))
+        weight = length.masked_fill(void, math.inf).reciprocal()[:, None]
         s, y = s * weight, y * weight
-        d = z.shape[1]
         state.y[:, slot, :d] = y
         torch.add(s, y, alpha=self.tau, out=state.u[:, slot, :d])
-        state.valid[:, slot] = usable
-        step = torch.add(z, r, alpha=self.tau)
-        if self.growth < math.inf:
-            grew = size > self.growth * state.size
-            state.valid.masked_fill_(grew[:, None], False)
-            step = torch.where(grew[:, None], torch.add(z, r, alpha=self.tau / 2), step)
 
         products = self._products(state.y[:, :n], state.u[:, :n], s, y, r)
         row, column = self.entries(products)  # (B, matrices, n)
+        corner = column[:, :, slot].masked_fill(
+            void[:, None], 1.0
+        )  # a void pair's row and column are 0 elsewhere
         state.k[:, :, slot, :n] = row
         state.k[:, :, :n, slot] = column
-        valid = state.valid[:, :n]
-        counts = (valid[:, :, None] & valid[:, None, :])[:, None]
-        k = torch.where(counts, state.k[:, :, :n, :n], torch.eye(n, dtype=z.dtype, device=z.device))
-        k, b, more = self.system(k, products, size / state.size, state.more)
-        gamma = solve_small(k, torch.where(valid, b, 0.0))
+        state.k[:, :, slot, slot] = corner
+        k, b, more = self.system(state.k[:, :, :n, :n], products, size, state.size, state.more)
+        if state.valid is not None:
+            state.valid[:, slot] = True
+            if self.growth < math.inf:
+                grew = (size > self.growth * state.size)[:, None]
+                state.valid.masked_fill_(grew, False)
+                step = torch.where(grew, torch.add(z, r, alpha=self.tau / 2), step)
+            valid = state.valid[:, :n]
+            eye = torch.eye(n, dtype=z.dtype, device=z.device)
+            k, b = torch.where(valid[:, :, None] & valid[:, None], k, eye), torch.where(valid, b, 0.0)
+        gamma = solve_small(k, b)
         z_next = step - torch.bmm(gamma[:, None], state.u[:, :n])[:, 0, :d]
-        skip = (state.skip - 1).clamp_min(0)
-        return z_next, state._replace(z=z, r=r, size=size, skip=skip, more=more, pairs=state.pairs + 1)
+        return z_next, state._replace(z=z, r=r, size=size, more=more, pairs=state.pairs + 1)
 
     def _products(self, ys: Tensor, us: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Products:
         new = torch.stack((y, r, s) if self.needs_s else (y, r), dim=1)
-        if extra := padding(y.shape[1]):
+        if extra := padding(y.shape[1], y):
             new = torch.nn.functional.pad(new, (0, extra))
         # The transpose of a stack, not a stack of columns, which is four times slower.
         yy, yr, *more = torch.bmm(ys, new.mT).unbind(2)
@@ -171,33 +178,35 @@ class SecantSolver(Solver):
         """See `SolverLoop.rescue`: the iterate before, with half its residual, and no history."""
         back = struck[:, None]
         halved = torch.add(state.z, state.r, alpha=0.5)
-        state = state._replace(
-            valid=state.valid & ~back,
-            # Neither this step's difference nor the next one's is that of two iterates.
-            skip=torch.where(struck, 2, state.skip),
-        )
+        valid = state.valid
+        if valid is None:
+            valid = back.expand(-1, state.k.shape[2]) | True
+        # Neither this step's difference nor the next one's is that of two iterates.
+        spoilt = 2 * struck.to(torch.int64)
+        skip = spoilt if state.skip is None else torch.maximum(state.skip, spoilt)
+        state = state._replace(valid=valid & ~back, skip=skip)
         return torch.where(back, state.z, z), torch.where(back, halved, fz), state
 
 
 def solve_small(k: Tensor, b: Tensor) -> Tensor:
-    """γ with K γ = b, (B, n), for K (B, n, n) and b (B, n); 0 for a sample whose K is singular."""
+    """γ with K γ = b, (B, n), for K (B, n, n) and b (B, n); 0 for a sample whose K is singular: a Picard step."""
     n = b.shape[1]
-    if extra := padding(n):
+    if extra := padding(n, b):
         k = torch.nn.functional.pad(k, (0, extra, 0, extra))
         k.diagonal(dim1=1, dim2=2)[:, n:] = 1
         b = torch.nn.functional.pad(b, (0, extra))
-    gamma, info = torch.linalg.solve_ex(k, b)  # does not raise on a singular sample
-    usable = (info == 0) & gamma.isfinite().all(dim=1)
-    return torch.where(usable[:, None], gamma, 0.0)[:, :n]  # … which makes a Picard step
+    gamma, _ = torch.linalg.solve_ex(k, b)  # does not raise on a singular sample, which gets inf or NaN
+    broken = (gamma * 0).sum(dim=1, keepdim=True) != 0
+    return gamma.masked_fill(broken, 0.0)[:, :n]
 
 
-def padding(size: int) -> int:
-    """Columns to add so that each sample's numbers begin at a multiple of 64 bytes, in float64.
+def padding(size: int, like: Tensor) -> int:
+    """Columns to add so that each sample's numbers begin at a multiple of 64 bytes; in float64 on the CPU, else 0.
 
     Where they do not, products and solves on the CPU round differently, and a sample's last bits would depend on where
     in the batch it stands.
     """
-    return -size % 8
+    return -size % 8 if like.dtype == torch.float64 and like.device.type == "cpu" else 0
 
 
 def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
@@ -211,5 +220,5 @@ def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
         y=torch.cat([state.y, none], dim=1),
         u=torch.cat([state.u, none], dim=1),
         k=torch.nn.functional.pad(state.k, (0, more, 0, more)),
-        valid=torch.nn.functional.pad(state.valid, (0, more)),
+        valid=None if state.valid is None else torch.nn.functional.pad(state.valid, (0, more)),
     )

@@ -146,8 +146,8 @@ class Watch:
         if solver.return_final or k < solver.min_iter:
             self.active = ~self.failed
         else:
-            # Recomputed, not accumulated: one that has risen above tol again takes part again. Once f is known to couple
-            # samples, all take part until they have arrived together.
+            # Recomputed, not accumulated: one that has risen above tol again takes part again. Once f is known to
+            # couple samples, all take part until they have arrived together.
             able = ~(self.failed | self.stalled)
             self.active = able & (~reached | (self.coupled & (able & ~reached).any()))
         self.now = now

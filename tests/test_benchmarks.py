@@ -1,0 +1,73 @@
+"""The benchmarks run, and count what a `Solution` counts. Their numbers are not tested."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from torchdeq import Multisecant
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MODULES = ("peers", "problems", "record", "report", "solvers")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """benchmarks/solvers.py as a module, found as it finds its neighbours when it is run."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        import solvers
+
+        yield solvers
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+def test_a_quick_run_writes_both_tables_and_the_plot(bench: ModuleType, tmp_path: Path):
+    bench.main(["--quick", "--out", str(tmp_path)])
+    text = (tmp_path / "solvers.md").read_text(encoding="utf-8")
+    forward, adjoint = text.split("## Adjoint")
+    for table, rows in (
+        (forward, bench.forward_rows(0, quick=True)),
+        (adjoint, bench.adjoint_rows(0, quick=True)),
+    ):
+        for row in rows:
+            assert f"| {row.name} " in table
+    assert "missing: all: --quick" in text
+    assert (tmp_path / "solvers.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_the_record_counts_what_the_solution_counts(bench: ModuleType, row: int):
+    problem = bench.forward_rows(0, quick=True)[row]
+    counts = [
+        bench.count(bench.solve_forward(Multisecant(), problem), level) for level in bench.FORWARD_LEVELS
+    ]
+    assert counts == sorted(counts) and math.isfinite(counts[-1])
+    for level, count in zip(bench.FORWARD_LEVELS, counts, strict=True):
+        assert Multisecant(tol=level, stop_mode="rel", max_iter=100)(problem.f, problem.z0).nfe == count
+
+
+def test_adjoint_counts_end_with_the_tolerance_met(bench: ModuleType):
+    problem = bench.adjoint_rows(0, quick=True)[0]
+    for method in bench.ours(bench.ADJOINT, bench.solve_adjoint):
+        counts = method.run(problem, bench.ADJOINT_LEVELS[:2])
+        assert counts == sorted(counts) and math.isfinite(counts[-1]), method.name
+
+
+def test_a_missing_peer_is_named(bench: ModuleType, tmp_path: Path):
+    """A wheel that is not there is no reason to stop; nothing is downloaded."""
+    peers = sys.modules["peers"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "CACHE", tmp_path)
+        found = peers.find_peers([tmp_path / "absent.whl"], 1e-5)
+    assert any(reason.startswith("torchdeq 0.1.0: skipped") for reason in found.missing)
+    assert all("0.1.0" not in method.name for method in found.forward)
