@@ -48,26 +48,23 @@ def test_a_quick_run_writes_both_tables_and_the_plot(bench: ModuleType, tmp_path
 @pytest.mark.parametrize("row", range(4))
 def test_the_record_counts_what_the_solution_counts(bench: ModuleType, row: int):
     problem = bench.forward_rows(0, quick=True)[row]
-    counts = [
-        bench.count(bench.solve_forward(Multisecant(), problem), level) for level in bench.FORWARD_LEVELS
-    ]
-    assert counts == sorted(counts) and math.isfinite(counts[-1])
-    for level, count in zip(bench.FORWARD_LEVELS, counts, strict=True):
-        assert Multisecant(tol=level, stop_mode="rel", max_iter=100)(problem.f, problem.z0).nfe == count
+    curve = bench.solve_forward(Multisecant(), problem)
+    for level in bench.FORWARD_LEVELS:
+        solution = Multisecant(tol=level, stop_mode="rel", max_iter=100)(problem.f, problem.z0)
+        assert bench.count(curve, level) == solution.nfe
 
 
-def test_adjoint_counts_end_with_the_tolerance_met(bench: ModuleType):
+@pytest.mark.parametrize("k", range(8))
+def test_adjoint_solves_arrive_and_need_more_for_more(bench: ModuleType, k: int):
     problem = bench.adjoint_rows(0, quick=True)[0]
-    for method in bench.ours(bench.ADJOINT, bench.solve_adjoint):
-        counts = method.run(problem, bench.ADJOINT_LEVELS[:2])
-        assert counts == sorted(counts) and math.isfinite(counts[-1]), method.name
+    low, high = bench.solve_adjoint(bench.ADJOINT[k], problem, bench.ADJOINT_LEVELS[:2])
+    assert low < high < math.inf
 
 
-def test_a_missing_peer_is_named(bench: ModuleType, tmp_path: Path):
-    """A wheel that is not there is no reason to stop; nothing is downloaded."""
+def test_a_missing_peer_is_named(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     peers = sys.modules["peers"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "CACHE", tmp_path)
-        found = peers.find_peers([tmp_path / "absent.whl"], 1e-5)
-    assert any(reason.startswith("torchdeq 0.1.0: skipped") for reason in found.missing)
-    assert all("0.1.0" not in method.name for method in found.forward)
+    monkeypatch.setattr(peers, "CACHE", tmp_path)
+    monkeypatch.setitem(sys.modules, "jax", None)  # importing it is an error now
+    found = peers.find_peers([tmp_path / "absent.whl"], 1e-5)
+    assert [reason.split(":")[0] for reason in found.missing[:2]] == ["torchdeq 0.1.0", "jaxopt"]
+    assert not [method for method in found.forward if method.name.startswith(("0.1.0", "jaxopt"))]
