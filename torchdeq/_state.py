@@ -72,6 +72,17 @@ class Layout:
         ]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
+    def rounded(self, z: Tensor) -> Tensor:
+        """The (B, D) tensor as it is once it has been through the dtypes of the leaves, in which f sees it."""
+        if not any(_is_narrower(dtype, z.dtype) for dtype in self.dtypes):
+            return z
+        columns = [
+            c.to(real).to(z.dtype) if _is_narrower(dtype, z.dtype) else c
+            for c, dtype in zip(z.split(self.sizes, dim=1), self.dtypes, strict=True)
+            for real in (dtype.to_real() if dtype.is_complex else dtype,)
+        ]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
     def select(self, count: int) -> Layout:
         """The layout of `count` samples."""
         shapes = tuple(torch.Size((count, *shape[1:])) for shape in self.shapes)
@@ -257,6 +268,10 @@ def per_sample(z: Tensor) -> Tensor:
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:
     real = dtype.to_real() if dtype.is_complex else dtype
     return _WIDER.get(real, real)
+
+
+def _is_narrower(leaf: torch.dtype, state: torch.dtype) -> bool:
+    return torch.finfo(leaf).eps > torch.finfo(state).eps
 
 
 def _to_columns(leaf: Tensor, batch: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,7 @@ from torchdeq import (
     GMRES,
     IFT,
     SOLVERS,
+    AffineMap,
     Anderson,
     ConvergenceWarning,
     CouplingWarning,
@@ -446,3 +447,25 @@ def test_small_cotangents_do_not_vanish_in_a_half_precision_f():
     for scale in (1.0, 1e-4):
         z.backward(scale * torch.ones_like(z), retain_graph=True)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-40, 1e-42, 0.0])
+def test_a_cotangent_next_to_nothing_is_not_taken_for_a_coupling(tiny):
+    w = (random_matrix(16, 0.8) * 0.9).float().requires_grad_()
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    f = lambda z: torch.tanh(z @ w.T + x)  # noqa: E731
+    z, _ = DEQ(Anderson(tol=1e-6, max_iter=100))(f, torch.zeros_like(x))
+    g = torch.ones_like(z)
+    g[1] *= tiny
+    (got,) = torch.autograd.grad(z, w, g)  # a warning is an error here
+    assert got.isfinite().all()
+
+
+def test_cgnr_differentiates_under_inference_mode_too():
+    with torch.inference_mode():
+        a = torch.eye(3) * 0.5
+        solution = as_solver("cgnr", tol=1e-5)(
+            AffineMap(lambda u: 0.5 * u, torch.ones(1, 3)), torch.zeros(1, 3)
+        )
+    assert a.is_inference()
+    assert solution.converged.all()

@@ -47,3 +47,29 @@ def test_batch_normalisation_in_training_mode_is_seen():
     z = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
     assert mixes_samples(norm, z)
     assert not mixes_samples(norm.eval(), z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("shift", [1.0, 1e4])
+def test_a_coupling_is_seen_at_zero(dtype, shift):
+    assert mixes_samples(lambda z: (z - z.mean(0)) * 0.5 + shift, torch.zeros(6, 4, dtype=dtype))
+    assert not mixes_samples(lambda z: 0.5 * z + shift, torch.zeros(6, 4, dtype=dtype))
+
+
+def test_a_random_map_does_not_count_as_coupling():
+    assert not mixes_samples(lambda z: torch.rand_like(z), torch.zeros(6, 4))
+
+
+def test_a_map_that_cannot_be_asked_is_not_known_to_couple():
+    def f(z):
+        if (z != 1).any():
+            raise ValueError("out of domain")
+        return z
+
+    assert not mixes_samples(f, torch.ones(6, 4))
+
+
+def test_the_question_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    mixes_samples(torch.cos, torch.zeros(6, 4))
+    assert torch.equal(before, torch.get_rng_state())

@@ -7,6 +7,7 @@ import pytest
 import scipy.optimize
 import torch
 
+from benchmarks.problems import attention
 from tests.problems import F64, TanhMap, random_matrix, solve_exactly
 from torchdeq import GMRES, Anderson, BiCGSTAB, Multisecant, NewtonKrylov, Status
 
@@ -138,3 +139,24 @@ def test_fewer_evaluations_than_the_default_solver_for_a_stiff_map():
     other = Multisecant(tol=1e-8, max_iter=600)(f, z0)
     assert newton.nfe < other.nfe or not other.converged.all()
     assert other.status.tolist() in ([Status.CONVERGED], [Status.MAX_ITER])
+
+
+def test_begins_with_a_picard_step_as_a_norm_layer_has_no_useful_derivative_at_zero():
+    p = attention(0.3)
+    solution = NewtonKrylov(tol=1e-5, stop_mode="rel", max_iter=60)(p.f, p.z0)
+    assert solution.converged.all()
+
+
+def test_a_small_leaf_gets_a_direction_of_its_own():
+    f = lambda s: {"big": 0.5 * s["big"] + 1e6, "small": -3 * torch.tanh(s["small"]) + 1}  # noqa: E731
+    z0 = {"big": torch.full((2, 3), 2e6, dtype=F64), "small": torch.zeros(2, 2, dtype=F64)}
+    solution = NewtonKrylov(tol=1e-6, stop_mode="rel", norm="max")(f, z0)
+    assert solution.converged.all()
+    assert solution.nfe < 40
+
+
+def test_differences_are_as_wide_as_the_dtype_of_f_asks():
+    gen = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(32, 32, generator=gen) * 0.1).bfloat16(), torch.randn(4, 32, generator=gen).bfloat16()
+    solver = NewtonKrylov(tol=2e-2, stop_mode="rel", derivative="difference", max_iter=100)
+    assert solver(lambda z: torch.tanh(z @ w.T + x), torch.zeros_like(x)).converged.all()

@@ -123,3 +123,33 @@ def test_two_samples_that_start_with_residuals_one_and_zero():
             solution = solver.replace(tol=1e-8)(f, torch.zeros(2, 1, dtype=F64))
         assert solution.converged.all(), solver
         assert torch.allclose(solution.z, torch.tensor([[200 / 19], [180 / 19]], dtype=F64), atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [Anderson(m=20), Broyden()], ids=repr)
+def test_as_one_system_a_small_leaf_cannot_hide_either(solver):
+    """The first leaf couples its samples; the second is a millionth of its size."""
+    mix = torch.linalg.qr(torch.randn(6, 6, dtype=F64, generator=torch.Generator().manual_seed(0))).Q * 0.98
+
+    def f(s):
+        return {"a": mix @ s["a"] + 1e6, "b": 0.5 * torch.cos(s["b"])}
+
+    z0 = {"a": torch.zeros(6, 2, dtype=F64), "b": torch.zeros(6, 3, dtype=F64)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CouplingWarning)
+        solution = solver.replace(tol=1e-4, stop_mode="rel", norm="max")(f, z0)
+    assert solution.coupled
+    assert solution.converged.all()
+    again = f(solution.z)
+    for key in z0:
+        assert (again[key] - solution.z[key]).norm() <= 1e-4 * again[key].norm() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_solve_that_comes_back_to_zero_is_looked_at_too(dtype):
+    mix = torch.linalg.qr(torch.randn(24, 24, dtype=F64, generator=torch.Generator().manual_seed(0))).Q.to(
+        dtype
+    )
+    f = lambda z: 2 * (mix @ z.reshape(-1)).reshape(z.shape) + 1  # noqa: E731
+    with pytest.warns(CouplingWarning):
+        solution = Broyden(tol=1e-3, max_iter=60)(f, torch.zeros(6, 4, dtype=dtype))
+    assert solution.converged.all()

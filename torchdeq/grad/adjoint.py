@@ -16,7 +16,7 @@ from torchdeq.solution import Solution
 from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.coupling import couples_samples
 from torchdeq.solver.maps import AffineMap
-from torchdeq.solver.together import spread, warn_of_coupling
+from torchdeq.solver.together import Whole, spread, warn_of_coupling
 
 
 def solve_adjoint(
@@ -41,33 +41,32 @@ def solve_adjoint(
     # A sample without a cotangent borrows the scale of the largest: if f couples samples its u is not zero.
     largest = size.amax() if size.numel() else size.sum()
     largest = torch.where(largest != 0, largest, 1.0)
-    size = torch.where(size != 0, size, largest)[:, None]  # (B, 1); a NaN stays one
-    unit = g / size
-    weight = size / largest  # products with Jᵀ are made at the scale of 1, whatever the loss's scale
+    # What is further below the largest than this cannot be told from nothing in products that see both.
+    size = torch.where(size != 0, size, largest).maximum(largest * torch.finfo(g.dtype).tiny ** 0.5)[:, None]
+    unit = g / size  # (B, D); a NaN stays one
+    weight = size / largest  # (B, 1); products with Jᵀ are made at the scale of 1, whatever the loss's scale
 
     def linear(u: Tensor) -> Tensor:
         return vjp(u * weight) / weight
 
     solution = solver.run(AffineMap(linear, unit), layout=layout, together=False)
     if g.shape[0] > 1 and not bool(solution.converged.all()) and couples_samples(linear, unit):
-        solution, u = _solve_together(vjp, g, solver, spent=solution.nfe + 2)
+        solution, u = _solve_together(vjp, g, solver, layout, spent=solution.nfe + 2)
         return u, solution
     return solution.z * size, solution
 
 
-def _solve_together(vjp: Map, g: Tensor, solver: SolverLoop, spent: int) -> tuple[Solution, Tensor]:
+def _solve_together(
+    vjp: Map, g: Tensor, solver: SolverLoop, layout: Layout | None, spent: int
+) -> tuple[Solution, Tensor]:
     """The system with the batch as one sample; residuals relative to the norm of the whole g."""
     warn_of_coupling("the adjoint solve of a backward pass")
-    shape = g.shape
-    flat = g.reshape(1, -1)
-    size = _norm(flat)
+    one = Whole(g.shape, layout)
+    size = _norm(one.joined(g))
     size = torch.where(size != 0, size, 1.0)[:, None]
-
-    def linear(u: Tensor) -> Tensor:
-        return vjp(u.reshape(shape)).reshape(1, -1)
-
-    solution = solver.run(AffineMap(linear, flat / size), together=False)
-    u = (solution.z * size).reshape(shape)
+    system = AffineMap(one.seen(vjp), one.joined(g) / size)
+    solution = solver.run(system, layout=one.layout, together=False)
+    u = one.divided(solution.z * size)
     return dataclasses.replace(spread(solution, u), nfe=solution.nfe + spent), u
 
 

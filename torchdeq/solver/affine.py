@@ -140,10 +140,11 @@ class AffineSolver(Solver):
         limit = self.tol * least if self.stop_mode == "rel" else torch.full_like(least, self.tol)
         found = self.solve(linear, b, z0, limit=limit, budget=f.limit, preconditioner=affine.preconditioner)
         f.calls = linear.calls
-        size = self._norms(found.r, f)
+        u = f.rounded(found.u)  # L sees it so, and so it is returned; rounding it adds to the residual
+        size = self._norms(found.r + (found.u - u), f)
         measure = leaf_max(relative(size, scale) if self.stop_mode == "rel" else size)
         return self._solution(
-            Iterate(found.u, size, scale, measure),
+            Iterate(u, size, scale, measure),
             found.failed,
             found.steps,
             f.calls,

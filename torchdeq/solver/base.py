@@ -139,11 +139,16 @@ class SolverLoop:
                 samples.
         """
         record = checked_record(record, self.max_iter)
+        if self.compact and isinstance(f, AffineMap):
+            raise ValueError(
+                f"{self!r}: compact=True leaves samples out of the batch, which an affine map, such as that of an "
+                f"adjoint system, does not allow. Use compact=False."
+            )
         start = start_of(f) if z0 is None else z0
         tally = Tally(f, AutocastState.capture(start.device), self.max_iter, layout or layout_of_map(f))
         with tally.amp.off():
             solution = self._loop(tally, z0, record)
-            if together and self.separate and not record and self._suspects(solution):
+            if together and self.separate and self._suspects(solution):
                 coupled = mixes_samples(tally, solution.z)
                 solution = dataclasses.replace(solution, nfe=tally.calls)
                 if coupled:
@@ -205,22 +210,17 @@ class SolverLoop:
                 break
             if watch.struck is not None:
                 z, fz, state = self.rescue(z, fz, state, watch.struck, watch.strikes)
-            if self.compact and not watch.all_active and 2 * int(watch.active.sum()) <= len(z):
-                return self._without_the_finished(f, z, fz, state, watch, wanted, states, sizes)
+            if self.compact and 2 * watch.count <= len(z) and k + 2 <= f.limit:
+                rows = watch.active.nonzero()[:, 0]
+                if not len(rows):
+                    break
+                if watch.struck is None or not bool(watch.struck.any()):  # else fz is not what f gave
+                    return self._without_the_rest(f, rows, z, fz, state, watch, wanted, states, sizes)
             z_next, state = self.step(f, z, fz, state)
             z = watch.hold(z_next, z)
 
-        final = self._final(f, watch, k)
-        return self._solution(
-            final,
-            watch.failed,
-            watch.nstep,
-            f.calls,
-            sizes,
-            [states.get(r) for r in wanted],
-            stalled=watch.stalled,
-            coupled=bool(watch.coupled),
-        )
+        final = self._final(f, watch, f.calls)
+        return self._watched(final, watch, f.calls, sizes, [states.get(r) for r in wanted])
 
     def _unknown(self, z: Tensor, f: Tally) -> Iterate:
         worst = z.new_full((z.shape[0],), math.inf)
@@ -231,7 +231,8 @@ class SolverLoop:
         return self.norm == "max" and len(f.sizes) > 1
 
     def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
-        """z with its residual, from fz = f(z)."""
+        """z, in the precision in which f has seen it, with its residual, from fz = f(z)."""
+        z = f.rounded(z)
         if self._by_leaf(f):
             size = torch.stack([per_sample(r) for r in (fz - z).split(f.sizes, dim=1)], dim=1)  # (B, leaves)
             scale = torch.stack([per_sample(leaf) for leaf in fz.split(f.sizes, dim=1)], dim=1)
@@ -248,14 +249,18 @@ class SolverLoop:
         watch.failed = watch.failed | (watch.active & ~finite)
         if self.return_final:
             return now.where(~watch.failed, best)
-        arrived = (now.measure <= self.tol) & ~watch.failed
+        # Where f couples samples, those that have arrived together are not to be mixed with better ones from before.
+        arrived = (now.measure <= self.tol) & ~watch.failed & watch.coupled
         current = finite & ((now.measure <= best.measure) | arrived)
         if bool(current.all()):
             return now
         final = now.where(current, best)
         if len(final.z) == 1:
             return final
-        return self._measured_together(f, final, watch.single.where(~watch.failed, best), watch.failed)
+        single = watch.single.where(~watch.failed, best)
+        if bool((single.measure <= final.measure).all()):  # one evaluation was best for all
+            return single
+        return self._measured_together(f, final, single, watch.failed)
 
     def _measured_together(self, f: Tally, mixed: Iterate, single: Iterate, failed: Tensor) -> Iterate:
         """`mixed` if its residuals hold when f sees those states at once, otherwise `single`."""
@@ -266,9 +271,10 @@ class SolverLoop:
         holds = (now.measure <= 1.5 * mixed.measure + noise) | failed
         return now.where(~failed, mixed) if bool(holds.all()) else single
 
-    def _without_the_finished(
+    def _without_the_rest(
         self,
         f: Tally,
+        rows: Tensor,
         z: Tensor,
         fz: Tensor,
         state: Any,
@@ -277,8 +283,7 @@ class SolverLoop:
         states: dict[int, Tensor],
         sizes: list[tuple[Tensor, Tensor]],
     ) -> Solution:
-        """Go on with the samples that still take part, and put the batch together again afterwards."""
-        rows = watch.active.nonzero()[:, 0]
+        """Go on with the samples `rows`, which still take part, and put the batch together again afterwards."""
         few = f.select(rows)
         try:
             image = few(z[rows])  # does f give these samples what it gave them among the others?
@@ -290,7 +295,7 @@ class SolverLoop:
             )
             raise
         apart = per_sample(image - fz[rows])
-        if bool((apart > math.sqrt(torch.finfo(fz.dtype).eps) * (per_sample(fz[rows]) + apart)).any()):
+        if bool((apart > math.sqrt(f.resolution(z)) * (per_sample(fz[rows]) + apart)).any()):
             raise ValueError(
                 f"{self!r}: f gives samples other values when the finished ones are left out, so it does not treat "
                 f"samples separately. Use compact=False; for a state that is one system, batch_dims=0."
@@ -299,19 +304,27 @@ class SolverLoop:
             lambda t: t[rows] if isinstance(t, Tensor) else t, state, namespace="torchdeq"
         )
         z_next, state = self.step(few, z[rows], fz[rows], state)
+        states |= {r: watch.best.z for r in wanted if r <= few.calls and r not in states}
+        sizes += sizes[-1:] * (few.calls - f.calls)
+        f.calls = few.calls
+        done = self._watched(watch.best, watch, f.calls, sizes, list(states.values()))
+        if few.calls >= few.limit:
+            return done
         rest = self._iterate(few, z_next, state, wanted, watch.rows(rows))
         f.calls = few.calls
-
-        done = self._solution(
-            watch.best,
-            watch.failed,
-            watch.nstep,
-            f.calls,
-            sizes,
-            list(states.values()),
-            stalled=watch.stalled,
-        )
         return _with_rows(done, rest, rows)
+
+    def _watched(
+        self,
+        final: Iterate,
+        watch: Watch,
+        nfe: int,
+        sizes: list[tuple[Tensor, Tensor]],
+        states: list[Tensor | None],
+    ) -> Solution:
+        """The account of a solve that was watched."""
+        solution = self._solution(final, watch.failed, watch.nstep, nfe, sizes, states, stalled=watch.stalled)
+        return dataclasses.replace(solution, coupled=bool(watch.coupled))
 
     def _solution(
         self,
@@ -324,7 +337,6 @@ class SolverLoop:
         short_of: Status = Status.MAX_ITER,
         *,
         stalled: Tensor | None = None,
-        coupled: bool = False,
     ) -> Solution:
         """The account of a solve, from its final iterate and the norms (residual, scale) along the way.
 
@@ -353,7 +365,6 @@ class SolverLoop:
             abs_trace=_no_nan(size),
             rel_trace=_no_nan(rel_size),
             states=[final.z if s is None else s for s in states],
-            coupled=coupled,
         )
 
 

@@ -52,9 +52,18 @@ def mixes_samples(f: Map, z: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     half = torch.randperm(count, generator=generator).to(z.device) < (count + 1) // 2  # (B,)
     noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-    level = per_sample(z) / max(size, 1) ** 0.5
-    moved = z + noise * torch.where(level > 0, level, level.mean().clamp_min(1e-6))[:, None]
-    here, others, both = f(z), f(torch.where(half[:, None], z, moved)), f(moved)
-    apart = torch.where(half, per_sample(others - here), per_sample(both - others))
-    allowed = math.sqrt(torch.finfo(z.dtype).eps) * (per_sample(here) + per_sample(both))
-    return bool((apart > allowed).any())
+    try:
+        here = f(z)
+        level = torch.maximum(per_sample(z), per_sample(here)) / max(size, 1) ** 0.5
+        moved = z + noise * torch.where(level > 0, level, level.mean().clamp_min(1e-6))[:, None]
+        others, both = f(torch.where(half[:, None], z, moved)), f(moved)
+    except Exception:  # f is not made for states off its way; a solve does not fail over a question
+        return False
+
+    def apart(a: Tensor, b: Tensor, where: Tensor) -> bool:
+        allowed = math.sqrt(torch.finfo(z.dtype).eps) * (per_sample(a) + per_sample(b))
+        return bool((where & (per_sample(a - b) > allowed)).any())
+
+    if not (apart(here, others, half) or apart(others, both, ~half)):
+        return False
+    return not apart(here, f(z), half | True)  # an f that is random mixes nothing, it only looks so

@@ -67,18 +67,26 @@ class Fallback(Solver):
         derived = {name: getattr(chain[0], name) for name in _FROM_FIRST}
         return {**derived, "max_iter": sum(solver.max_iter for solver in chain)}
 
-    def __repr__(self) -> str:
+    def _given(self) -> dict[str, Any]:
+        """The options that are not what they would be by themselves."""
         derived = self._derived(self.solvers)
-        options = [
-            f"{f.name}={getattr(self, f.name)!r}"
+        values = {
+            f.name: (getattr(self, f.name), derived.get(f.name, f.default))
             for f in dataclasses.fields(Solver)
-            if getattr(self, f.name) != derived.get(f.name, f.default)
-        ]
+        }
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def replace(self, **options: Any) -> Fallback:
+        """The same chain with some options changed; those that follow from its solvers follow from new ones."""
+        chain = options.pop("solvers", self.solvers)
+        return Fallback(*chain, **{**self._given(), **options})
+
+    def __repr__(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self._given().items()]
         return f"Fallback({', '.join([*map(repr, self.solvers), *options])})"
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         z, limit = (start_of(f.f) if z0 is None else z0), f.limit
-        shared = {name: getattr(self, name) for name in (*_FROM_FIRST, "return_final")}
         solution: Solution | None = None
         for solver in self.solvers:
             if isinstance(solver, AffineSolver) and not isinstance(f.f, AffineMap):
@@ -87,15 +95,24 @@ class Fallback(Solver):
                 )
             before = f.calls
             f.limit = min(limit, before + solver.max_iter)
-            shared["min_iter"] = min(self.min_iter, solver.max_iter)
-            part = solver.replace(**shared)._loop(f, z, [r for r in record if r > before])
+            part = self._one(solver)._loop(f, z, [r for r in record if r > before])
             solution = part if solution is None else _joined(solution, part, record, before)
             z = solution.z
-            if bool(solution.converged.all()) or f.calls >= limit:
+            if (bool(solution.converged.all()) and not self.return_final) or f.calls >= limit:
                 break
         f.limit = limit
         assert solution is not None
         return solution
+
+    def _one(self, solver: SolverLoop) -> SolverLoop:
+        """A solver of the chain under the options of the chain, as far as it has them."""
+        names = [*_FROM_FIRST, "return_final"]
+        if isinstance(solver, AffineSolver):
+            names = ["tol", "stop_mode", "norm", "check_every"]
+        shared = {name: getattr(self, name) for name in names}
+        if "min_iter" in shared:
+            shared["min_iter"] = min(self.min_iter, solver.max_iter)
+        return solver.replace(**shared)
 
 
 def _joined(first: Solution, then: Solution, record: Sequence[int], before: int) -> Solution:

@@ -122,6 +122,10 @@ class GMRES(AffineSolver):
     def correction(self, state: GMRESState, steps: Tensor) -> Tensor:
         """V_j y with R y = Q e₁."""
         y = _back_substitute(state.r, state.rotation[:, :, 0], steps)
+        if (
+            y.dtype == torch.float64 and y.device.type == "cpu"
+        ):  # where a product would round by how many rows are unused
+            return (y[:, :, None] * state.basis).sum(dim=1)[:, : state.probe.shape[1]]
         return torch.bmm(y[:, None], state.basis)[:, 0, : state.probe.shape[1]]
 
 
@@ -139,8 +143,12 @@ def _back_substitute(r: Tensor, b: Tensor, steps: Tensor) -> Tensor:
     used = used & (pivots.abs() > floor)
     r = torch.where(used[:, None, :] & used[:, :, None], r, 0.0)
     r = torch.diagonal_scatter(r, torch.where(used, pivots, 1.0), dim1=1, dim2=2)
-    b = torch.where(used, b, 0.0)
-    return torch.linalg.solve_triangular(r, b[..., None], upper=True)[..., 0]
+    y = torch.where(used, b, 0.0)
+    # Column by column, since a solve by blocks would round by how many unknowns the neighbours use.
+    for i in reversed(range(y.shape[1])):
+        y[:, i] /= r[:, i, i]
+        y[:, :i] -= r[:, :i, i] * y[:, i, None]
+    return y
 
 
 def _with_room(state: GMRESState) -> GMRESState:

@@ -75,6 +75,10 @@ class Tally:
             dtypes.append(self.amp.dtype)
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
+    def rounded(self, z: Tensor) -> Tensor:
+        """z in the precision in which f sees it."""
+        return z if self.layout is None else self.layout.rounded(z)
+
     def select(self, rows: Tensor) -> Tally:
         """f for some of the samples, with a count that goes on from here."""
         few = Tally(select_rows(self.f, rows), self.amp, self.limit, self.layout)
@@ -144,8 +148,8 @@ def with_transpose(linear: Map, u: Tensor) -> tuple[Tensor, Map]:
         >>> image, transposed(torch.tensor([[1.0, 0.0]]))
         (tensor([[2., 4.]]), tensor([[1., 2.]]))
     """
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        u = u.detach().clone().requires_grad_()
         image = linear(u)
 
     def transposed(v: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class NewtonState(NamedTuple):
     d: Tensor  # (B, D), the direction
     alpha: Tensor  # (B,), the length tried
     eta: Tensor  # (B,), the forcing term that gave d
+    begun: bool
 
 
 _NOT_EXACT = (
@@ -86,7 +87,7 @@ class NewtonKrylov(Solver):
     def init(self, z: Tensor) -> NewtonState:
         """Nothing tried yet: whatever comes is better."""
         row = z.new_ones(z.shape[0])
-        return NewtonState(z, z, torch.full_like(row, torch.inf), torch.zeros_like(z), row, row)
+        return NewtonState(z, z, torch.full_like(row, torch.inf), torch.zeros_like(z), row, row, False)
 
     def rescue(
         self, z: Tensor, fz: Tensor, state: NewtonState, struck: Tensor, strikes: Tensor
@@ -95,10 +96,14 @@ class NewtonKrylov(Solver):
         return z, fz, state
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: NewtonState) -> tuple[Tensor, NewtonState]:
-        """A new direction where the last trial was accepted; a shorter trial where it was not."""
+        """A new direction where the last trial was accepted; a shorter trial where it was not. First a Picard step."""
         assert isinstance(f, Linearised)
         r = fz - z
         size = per_sample(r)
+        if (
+            not state.begun
+        ):  # f is often at its worst where one begins: a norm layer has no useful derivative at 0
+            return z + r, state._replace(z=z, r=r, d=r, begun=True)
         accepted = size <= (1 - _DECREASE * state.alpha) * state.size
         accepted = accepted | ((state.alpha <= _SMALLEST) & size.isfinite())
         keep = accepted[:, None]
@@ -107,9 +112,11 @@ class NewtonKrylov(Solver):
         floor = _GAMMA * state.eta**2
         eta = torch.where(floor > 0.1, torch.maximum(eta, floor), eta).clamp(max=_ETA)
         # A residual below half the tolerance is never needed; a sample within it needs no direction at all.
-        tol = self.tol * (per_sample(fz) if self.stop_mode == "rel" else torch.ones_like(size))
-        limit = torch.maximum(eta * size, 0.5 * tol)
-        limit = torch.where(accepted & (size > tol), limit, torch.inf)
+        now = self._measured(z, fz, f)
+        least = now.scale if now.scale.dim() == 1 else now.scale.amin(dim=1)  # that of the smallest leaf
+        enough = 0.5 * self.tol * (least if self.stop_mode == "rel" else torch.ones_like(size))
+        limit = torch.maximum(eta * size, enough)
+        limit = torch.where(accepted & (now.measure > self.tol), limit, torch.inf)
         d = f.solve(self.linear, torch.where(keep, r, 0.0), limit)
 
         state = NewtonState(
@@ -119,6 +126,7 @@ class NewtonKrylov(Solver):
             torch.where(keep, d, state.d),
             torch.where(accepted, 1.0, state.alpha / 2),
             torch.where(accepted, eta, state.eta),
+            True,
         )
         return state.z + state.alpha[:, None] * state.d, state
 
@@ -188,7 +196,7 @@ class Linearised(Tally):
         return product
 
     def _difference(self, v: Tensor) -> Tensor:
-        """(f(z + h v) − f(z)) / h, with h v of the size of √ε z."""
+        """(f(z + h v) − f(z)) / h, with h v of the size of √ε z; ε that of the narrowest dtype in f."""
         size = per_sample(v)
-        h = torch.finfo(v.dtype).eps ** 0.5 * (per_sample(self.at) + 1) / size.masked_fill(size == 0, 1.0)
+        h = self.resolution(v) ** 0.5 * (per_sample(self.at) + 1) / size.masked_fill(size == 0, 1.0)
         return (self.f(self.at + h[:, None] * v) - self.image) / h[:, None]

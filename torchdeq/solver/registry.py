@@ -70,7 +70,7 @@ class FunctionSolver(Solver):
     """
 
     function: Callable[..., Any] = field(kw_only=True)
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def replace(self, **options: Any) -> FunctionSolver:
         """As `Solver.replace`; a keyword that is no field is passed on to the function."""

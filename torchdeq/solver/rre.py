@@ -73,7 +73,8 @@ class RRE(Solver):
         valid = length > torch.finfo(z.dtype).tiny
         weight = torch.where(valid, 1 / length, 0.0)
         y = y * weight[:, :, None]
-        gram = torch.where(valid[:, :, None] & valid[:, None], torch.bmm(y, y.mT), torch.eye(self.m).to(y))
+        eye = torch.eye(self.m, dtype=y.dtype, device=y.device)
+        gram = torch.where(valid[:, :, None] & valid[:, None], torch.bmm(y, y.mT), eye)
         b = torch.bmm(r[:, -1:], y.mT)[:, 0]
         gamma = solve_small(regularised(gram), torch.where(valid, b, 0.0))
         weighted = torch.nn.functional.pad(gamma * weight, (0, padding(self.m, z)))[:, None, : self.m]

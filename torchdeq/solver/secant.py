@@ -210,11 +210,11 @@ def padding(size: int, like: Tensor) -> int:
 
 
 def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
-    """The state with room for n pairs. Capacity doubles, up to `depth`, so that memory follows use."""
+    """The state with room for n pairs, and for seven more at most: memory follows use."""
     batch, capacity, size = state.y.shape
     if n <= capacity:
         return state
-    more = min(max(4, capacity), depth - capacity)
+    more = min(4 if capacity < 8 else 8, depth - capacity)
     none = state.y.new_zeros(batch, more, size)
     return state._replace(
         y=torch.cat([state.y, none], dim=1),

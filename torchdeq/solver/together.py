@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchdeq._state import Map
+from torchdeq._state import Layout, Map
 from torchdeq.solution import CouplingWarning, Solution, callers_level
 from torchdeq.solver.maps import AffineMap, Tally
 
@@ -30,17 +30,15 @@ def solve_together(solver: SolverLoop, f: Tally, short: Solution) -> Solution:
         same for each sample.
     """
     warn_of_coupling("a solve")
-    shape = short.z.shape
-    whole = Tally(_AsOne(f.f, shape), f.amp, f.calls + solver.max_iter)
-    if isinstance(f.f, AffineMap):
-        whole.f = AffineMap(_AsOne(f.f.linear, shape), f.f.shift.reshape(1, -1))
+    one = Whole(short.z.shape, f.layout)
+    whole = Tally(one.seen(f.f), f.amp, f.calls + solver.max_iter, one.layout)
     whole.calls = f.calls
-    solution = solver._loop(whole, short.z.reshape(1, -1), ())
+    solution = solver._loop(whole, one.joined(short.z), ())
     f.calls = solution.nfe
     total = torch.linalg.vector_norm(short.abs_residual.double())
     if not bool(solution.converged.all()) and bool(total <= solution.abs_residual.double()):
         return dataclasses.replace(short, nfe=solution.nfe, coupled=True)
-    return spread(solution, solution.z.reshape(shape))
+    return dataclasses.replace(spread(solution, one.divided(solution.z)), states=short.states)
 
 
 def warn_of_coupling(what: str) -> None:
@@ -54,14 +52,37 @@ def warn_of_coupling(what: str) -> None:
     )
 
 
-class _AsOne:
-    """A map (B, D) -> (B, D) on one sample (1, B D)."""
+class Whole:
+    """The samples of a batch (B, D) as one sample (1, B D), leaf after leaf.
 
-    def __init__(self, f: Map, shape: torch.Size):
-        self.f, self.shape = f, shape
+    Arguments:
+        shape: (B, D).
+        layout: which leaves the D numbers belong to; None if that is not known.
+    """
 
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.f(z.reshape(self.shape)).reshape(1, -1)
+    def __init__(self, shape: torch.Size, layout: Layout | None):
+        self.count, size = shape
+        self.sizes = (size,) if layout is None else layout.sizes
+        widths = tuple(self.count * s for s in self.sizes)
+        self.widths = widths
+        self.layout = None if layout is None else dataclasses.replace(layout, sizes=widths, batch=1)
+
+    def joined(self, z: Tensor) -> Tensor:
+        """(B, D) -> (1, B D)."""
+        return torch.cat([leaf.reshape(1, -1) for leaf in z.split(self.sizes, dim=1)], dim=1)
+
+    def divided(self, z: Tensor) -> Tensor:
+        """(1, B D) -> (B, D)."""
+        leaves = z.split(self.widths, dim=1)
+        return torch.cat(
+            [leaf.reshape(self.count, s) for leaf, s in zip(leaves, self.sizes, strict=True)], dim=1
+        )
+
+    def seen(self, f: Map) -> Map:
+        """f, a map (B, D) -> (B, D), as a map of one sample; an affine map stays one."""
+        if isinstance(f, AffineMap):
+            return AffineMap(self.seen(f.linear), self.joined(f.shift))
+        return lambda z: self.joined(f(self.divided(z)))
 
 
 def spread(solution: Solution, z: Tensor) -> Solution:

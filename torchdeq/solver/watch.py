@@ -15,10 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchdeq.solver.base import SolverLoop
 
-#: Residuals within so many units of rounding of a state's size may consist of rounding, if f is well conditioned.
+#: Residuals within so many units of rounding of a state's size may consist of rounding, if f is well conditioned …
 _NEAR_ROUNDING = 1000.0
-#: What counts as progress of a residual: one per cent.
-_PROGRESS = 0.99
+#: … and no residual above this part of it does, whatever the dtype: eight units of bfloat16.
+_NO_ROUNDING = 1 / 16
 
 
 class Iterate(NamedTuple):
@@ -63,10 +63,9 @@ class Watch:
 
     def __init__(self, solver: SolverLoop, start: Iterate, resolution: float):
         self.solver = solver
-        self.level = _NEAR_ROUNDING * resolution
+        self.level = min(_NEAR_ROUNDING * resolution, _NO_ROUNDING)
         self.best = self.single = self.now = start  # best per sample; best evaluation of all samples at once
-        self.mark: Tensor | None = None  # the measure that progress is reckoned from; None: that of the best
-        self.stale: Tensor | float = 0.0  # evaluations without progress, (B,)
+        self.stale: Tensor | float = 0.0  # evaluations since the best one, (B,)
         count, device = start.z.shape[0], start.z.device
         self.failed = torch.zeros(count, dtype=torch.bool, device=device)  # non-finite once too often
         self.stalled = self.failed
@@ -77,7 +76,7 @@ class Watch:
         self.struck: Tensor | None = None  # who was not finite just now and may try again, (B,)
         self.flag = StopFlag(late=device.type == "cuda")
         # What the host knows. On an accelerator that is the state one evaluation ago.
-        self.all_active = count > 0
+        self.all_active, self.count = count > 0, count
         self.done = count == 0
         self.knows = True  # whether it has heard of all that happened
 
@@ -87,15 +86,17 @@ class Watch:
         self.struck = None
         if asks and self.knows and not self.flag.late and self._quiet(now):
             self.best = self.single = self.now = now
-            self.mark, self.stale = None, 0.0
+            self.stale = 0.0
             return
         self._sort_out(now, k)
         self.all_active = self.knows = False
         if asks:
-            answer = self.flag(torch.stack((self.active.any(), self.active.all())))
+            answer = self.flag(self.active.sum(dim=0, keepdim=True))
             if answer is not None:
-                self.done, self.knows = not answer[0], True
-                self.all_active = answer[1] and not self.flag.late  # what is late may be out of date
+                (self.count,), self.knows = answer, True
+                self.done = self.count == 0
+                # What is late may be out of date.
+                self.all_active = self.count == len(self.active) and not self.flag.late
 
     def rows(self, index: Tensor) -> Watch:
         """The watch of some of the samples, as it stands."""
@@ -105,7 +106,7 @@ class Watch:
                 setattr(part, name, value.rows(index))
             elif isinstance(value, Tensor) and value.dim() == 1:
                 setattr(part, name, value[index])
-        part.all_active = True
+        part.all_active, part.count = True, len(index)
         return part
 
     def _quiet(self, now: Iterate) -> bool:
@@ -117,7 +118,6 @@ class Watch:
     def _sort_out(self, now: Iterate, k: int) -> None:
         solver, count = self.solver, now.z.shape[0]
         self.nstep = self.nstep.masked_fill(self.active, k)
-        mark = self.best.measure if self.mark is None else self.mark
         finite = now.measure.isfinite()
         if solver.recovers:
             self.strikes = self.strikes + (self.active & ~finite)
@@ -126,7 +126,8 @@ class Watch:
             self.struck = self.active & ~finite & ~self.failed
         else:
             self.failed = self.failed | ~finite
-        self.best = now.where(finite & (now.measure < self.best.measure), self.best)
+        improves = finite & (now.measure < self.best.measure)
+        self.best = now.where(improves, self.best)
         if count > 1:
             better = _total(now, self.failed) < _total(self.single, self.failed)
             if self.flag.late or solver.check_every > 1:
@@ -138,9 +139,8 @@ class Watch:
         rests = ~(self.active | self.failed | self.stalled)
         self.coupled = self.coupled | (rests & (now.measure > 1.5 * solver.tol)).any()
         if solver.patience and solver.tol > 0 and not solver.return_final:
-            moves = now.measure < _PROGRESS * mark
-            self.mark = torch.where(moves, now.measure, mark)
-            self.stale = torch.where(moves, 0.0, self.stale + 1)
+            waits = self.active & ~improves
+            self.stale = torch.where(waits, self.stale + 1, 0.0)
             rounding = leaf_max(relative(now.size, now.scale)) <= self.level
             self.stalled = self.stalled | ((self.stale >= solver.patience) & rounding & self.active)
         if solver.return_final or k < solver.min_iter:
@@ -161,9 +161,9 @@ class Watch:
 
 
 class StopFlag:
-    """Flags on the device, read by the host: at once, or one evaluation late and without waiting for the device.
+    """Numbers on the device, read by the host: at once, or one evaluation late and without waiting for the device.
 
-    On an accelerator a read waits until all that is queued is done, and the queue then runs empty. The flags of the
+    On an accelerator a read waits until all that is queued is done, and the queue then runs empty. Those of the
     evaluation before are there already. The price is one evaluation more, which changes nothing: every sample rests.
 
     Arguments:
@@ -171,16 +171,16 @@ class StopFlag:
 
     Example:
         >>> flag = StopFlag(late=True)
-        >>> flag(torch.tensor([True])), flag(torch.tensor([False])), flag(torch.tensor([False]))
-        (None, [True], [False])
+        >>> flag(torch.tensor([3])), flag(torch.tensor([0])), flag(torch.tensor([0]))
+        (None, [3], [0])
     """
 
     def __init__(self, *, late: bool):
         self.late = late
         self.pending: tuple[Tensor, torch.Event | None] | None = None
 
-    def __call__(self, flags: Tensor) -> list[bool] | None:
-        """The newest flags that are known; None if none are."""
+    def __call__(self, flags: Tensor) -> list[int] | None:
+        """The newest ones that are known; None if none are."""
         if not self.late:
             return list(flags.tolist())
         before, self.pending = self.pending, self._send(flags)
