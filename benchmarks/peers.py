@@ -1,6 +1,6 @@
 """Other libraries behind one form: torchdeq 0.1.0, jaxopt and SciPy. None is needed; what is missing is named.
 
-A forward method is a function of a `Problem`, which returns the curve of `record.curve_of`. An adjoint method is a
+A forward method is a function of a `Problem`, which returns the curve of `record.curves_of`. An adjoint method is a
 function of an `Adjoint` and the levels, which returns a count for each. Settings are stated in `Method.setting`.
 """
 
@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor
 
 from problems import Adjoint, Problem
-from record import Enough, Record, count, curve_of
+from record import Enough, Record, count, curves_of, worst
 
 CACHE = Path(__file__).parent / ".cache"
+SLACK = 1.001  # of a residual that a peer has found to be at the level by an estimate of its own
 WHEEL = "torchdeq-0.1.0-py3-none-any.whl"
 # What a solver may raise when it breaks down. What it had reached before counts.
 BREAKDOWNS = (Enough, ValueError, ArithmeticError, RuntimeError, torch.linalg.LinAlgError)
@@ -68,7 +70,9 @@ def find_peers(paths: Sequence[Path], goal: float) -> Peers:
         "scipy": lambda: _scipy_methods(goal),
     }.items():
         try:
-            forward, adjoint, versions = load()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # jaxopt's, that it is no longer maintained
+                forward, adjoint, versions = load()
         except (ImportError, OSError, subprocess.SubprocessError) as error:
             found.missing.append(f"{name}: skipped, {error}")
             continue
@@ -85,7 +89,9 @@ def version(package: str) -> str:
 # torchdeq 0.1.0 -------------------------------------------------------------------------------------------------------
 
 
-def _torchdeq_methods(goal: float, wheels: Sequence[Path]) -> tuple[list[Method], list[Method], dict[str, str]]:
+def _torchdeq_methods(
+    goal: float, wheels: Sequence[Path]
+) -> tuple[list[Method], list[Method], dict[str, str]]:
     solver = _old_torchdeq(wheels)
 
     def method(name: str, group: str, **options: Any) -> tuple[Method, Method]:
@@ -115,15 +121,15 @@ def _old_torchdeq(wheels: Sequence[Path]) -> ModuleType:
         if not wheels:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE)]
             subprocess.run([*pip, "torchdeq==0.1.0"], check=True, capture_output=True, timeout=120)
-        with zipfile.ZipFile(wheels[0] if wheels else CACHE / WHEEL) as archive:
-            names = [name for name in archive.namelist() if name.startswith("torchdeq/")]
-            archive.extractall(CACHE / "unpacked", names)
-        (CACHE / "unpacked" / "torchdeq").rename(home)
+        with (
+            zipfile.ZipFile(wheels[0] if wheels else CACHE / WHEEL) as archive,
+            tempfile.TemporaryDirectory(dir=CACHE) as unpacked,
+        ):
+            archive.extractall(unpacked)
+            Path(unpacked, "torchdeq").rename(home)
     if str(CACHE) not in sys.path:
         sys.path.append(str(CACHE))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module("torchdeq_peer.solver")
+    return importlib.import_module("torchdeq_peer.solver")
 
 
 def _quietly(run: Callable[[], Any]) -> Any:
@@ -136,10 +142,10 @@ def _quietly(run: Callable[[], Any]) -> Any:
             return None
 
 
-def _old_forward(solve: Callable[..., Any], goal: float, problem: Problem) -> list[float]:
+def _old_forward(solve: Callable[..., Any], goal: float, problem: Problem) -> Tensor:
     record = Record(problem.f, cap=problem.cap, goal=goal, interrupt=True)
     _quietly(lambda: solve(record, problem.z0, max_iter=problem.cap))
-    return curve_of([record.best])
+    return curves_of([record.best])
 
 
 def _old_adjoint(solve: Callable[..., Any], problem: Adjoint, levels: Sequence[float]) -> list[float]:
@@ -148,7 +154,7 @@ def _old_adjoint(solve: Callable[..., Any], problem: Adjoint, levels: Sequence[f
         lambda u: problem.vjp(u) + problem.g, cap=problem.cap, goal=levels[-1], scale=1.0, interrupt=True
     )
     _quietly(lambda: solve(record, torch.zeros_like(problem.g), max_iter=problem.cap))
-    curve = curve_of([record.best])
+    curve = worst(curves_of([record.best]))
     return [count(curve, level) for level in levels]
 
 
@@ -193,7 +199,9 @@ class _Jaxopt:
     def _f(self, z: Any) -> Any:
         import jax
 
-        return jax.pure_callback(self._call, jax.ShapeDtypeStruct(z.shape, z.dtype), z, vmap_method="broadcast_all")
+        return jax.pure_callback(
+            self._call, jax.ShapeDtypeStruct(z.shape, z.dtype), z, vmap_method="broadcast_all"
+        )
 
     def _call(self, z: Any) -> Any:
         import numpy as np
@@ -201,7 +209,7 @@ class _Jaxopt:
         state = torch.from_numpy(np.array(z)).to(self.dtype)
         return self.record(state).double().numpy()
 
-    def __call__(self, problem: Problem) -> list[float]:
+    def __call__(self, problem: Problem) -> Tensor:
         self.record = Record(problem.f, cap=problem.cap, goal=self.goal)
         self.dtype = problem.x.dtype
         z = problem.z0.double().numpy()
@@ -209,7 +217,7 @@ class _Jaxopt:
         self.record.clear()
         while not (self.record.residuals and self.record.enough):
             z, state = self.update(z, state)
-        return curve_of([self.record.best])
+        return curves_of([self.record.best])
 
 
 # SciPy ----------------------------------------------------------------------------------------------------------------
@@ -218,23 +226,22 @@ class _Jaxopt:
 def _scipy_methods(goal: float) -> tuple[list[Method], list[Method], dict[str, str]]:
     importlib.import_module("scipy.optimize")
 
-    def root(name: str, group: str, jac_options: dict[str, Any] | None = None, **options: Any) -> Method:
-        if jac_options:
-            options["jac_options"] = jac_options
-        setting = f"`scipy.optimize.root(method={name!r}{''.join(f', {k}={v}' for k, v in options.items())})`"
-        return Method(f"scipy {name}", setting, group, functools.partial(_scipy_forward, name, options, goal))
+    def root(name: str, group: str, picard: bool = False, **options: Any) -> Method:
+        given = "".join(f", {key}={value}" for key, value in options.items())
+        setting = f"`scipy.optimize.root(method={name!r}{given})`" + " from f(0)" * picard
+        run = functools.partial(_scipy_forward, name, options, picard, goal)
+        return Method(f"scipy {name}", setting, group, run)
 
     def linear(name: str, group: str, **options: Any) -> Method:
         setting = f"`scipy.sparse.linalg.{name}({', '.join(f'{k}={v}' for k, v in options.items())})`"
         return Method(f"scipy {name}", setting, group, functools.partial(_scipy_adjoint, name, options))
 
-    picard_first = {"line_search": None}
     forward = [
         *(root(name, "as shipped") for name in ("anderson", "broyden1", "broyden2", "krylov", "df-sane")),
-        root("anderson", "tuned", {"alpha": 1, "M": 10, "w0": 1e-4}, **picard_first),
-        root("broyden1", "tuned", {"alpha": 1}, **picard_first),
-        root("broyden2", "tuned", {"alpha": 1}, **picard_first),
-        root("krylov", "tuned", {"method": "gmres", "inner_rtol": 0.1}),
+        root("anderson", "tuned", line_search=None, jac_options={"alpha": 1, "M": 10}),
+        root("broyden1", "tuned", line_search=None, jac_options={"alpha": 1}),
+        root("broyden2", "tuned", line_search=None, jac_options={"alpha": 1}),
+        root("krylov", "tuned", picard=True, jac_options={"method": "gmres", "inner_rtol": 0.5}),
     ]
     adjoint = [
         *(linear(name, "as shipped") for name in ("gmres", "bicgstab", "lgmres")),
@@ -243,8 +250,10 @@ def _scipy_methods(goal: float) -> tuple[list[Method], list[Method], dict[str, s
     return forward, adjoint, {"scipy": version("scipy")}
 
 
-def _scipy_forward(method: str, options: dict[str, Any], goal: float, problem: Problem) -> list[float]:
-    """Each sample is solved on its own, in the dtype of f.
+def _scipy_forward(
+    method: str, options: dict[str, Any], picard: bool, goal: float, problem: Problem
+) -> list[float]:
+    """Each sample is solved on its own, in the dtype of f, from 0 or after one step of Picard's.
 
     The equation is f(z) − z = 0, so that with alpha=1 the first step is Picard's; for df-sane, whose first step is −F,
     it is z − f(z) = 0.
@@ -261,13 +270,19 @@ def _scipy_forward(method: str, options: dict[str, Any], goal: float, problem: P
             state = torch.from_numpy(z).view(one.x.shape)
             return (sign * (record(state) - state)).flatten().numpy()
 
-        _quietly(lambda: root(equation, one.z0.flatten().numpy(), method=method, options={**options, **stop}))
+        def run() -> None:
+            start = record(one.z0) if picard else one.z0
+            root(equation, start.flatten().numpy(), method=method, options={**options, **stop})
+
+        _quietly(run)
         return record.best
 
-    return curve_of([solve(one) for one in problem.samples()])
+    return curves_of([solve(one) for one in problem.samples()])
 
 
-def _scipy_adjoint(name: str, options: dict[str, Any], problem: Adjoint, levels: Sequence[float]) -> list[float]:
+def _scipy_adjoint(
+    name: str, options: dict[str, Any], problem: Adjoint, levels: Sequence[float]
+) -> list[float]:
     """Each right-hand side on its own; the largest count. A final product that measures the residual is counted."""
     return [max(_scipy_products(name, options, problem, g, level) for g in problem.g) for level in levels]
 
@@ -292,4 +307,4 @@ def _scipy_products(name: str, options: dict[str, Any], problem: Adjoint, g: Ten
     residual = (g + problem.vjp(u) - u).norm()
     measured = bool(seen) and torch.equal(seen[-1], u)
     products = len(seen) + (not measured)
-    return products if residual <= level * (1 + 1e-6) and products <= problem.cap else math.inf
+    return products if residual <= level * SLACK and products <= problem.cap else math.inf

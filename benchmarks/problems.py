@@ -79,7 +79,9 @@ def tanh(gain: float, *, x_std: float = 1.0, n: int = 200, batch: int = 8, seed:
     """f(z) = tanh(W z + x), W with spectral radius about `gain`. Above 1, a large x makes f less chaotic. float64."""
     normal = Gaussian(seed, torch.float64)
     w, x = normal(n, n, scale=gain / n**0.5), normal(batch, n, scale=x_std)
-    name = f"tanh gain {gain:g}" + (f", x std {x_std:g}" if x_std != 1 else "") + (f", n={n}" if n < 200 else "")
+    name = (
+        f"tanh gain {gain:g}" + (f", x std {x_std:g}" if x_std != 1 else "") + (f", n={n}" if n < 200 else "")
+    )
     return Problem(name, lambda z, x: torch.tanh(z @ w.T + x), x, gain > 1.2)
 
 
@@ -120,10 +122,11 @@ def conv(scale: float, *, channels: int = 16, size: int = 8, batch: int = 8, see
 
 def forward_rows(seed: int, *, quick: bool = False) -> list[Problem]:
     """The rows of the forward table; `quick` makes them tiny."""
-    net = {"n": 24, "batch": 2, "seed": seed} if quick else {"seed": seed}
-    small = {"n": 12, "batch": 2, "seed": seed} if quick else {"n": 32, "seed": seed}
-    block = {"tokens": 4, "width": 8, "batch": 2, "seed": seed} if quick else {"seed": seed}
-    image = {"channels": 4, "size": 4, "batch": 2, "seed": seed} if quick else {"seed": seed}
+    common = {"batch": 2, "seed": seed} if quick else {"batch": 8, "seed": seed}
+    net = {"n": 24 if quick else 200, **common}
+    small = {"n": 12 if quick else 32, **common}
+    block = {"tokens": 4, "width": 8, **common} if quick else common
+    image = {"channels": 4, "size": 4, **common} if quick else common
     return [
         tanh(0.8, **net),
         tanh(1.1, **net),

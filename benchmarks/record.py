@@ -15,7 +15,7 @@ from torch import Tensor
 from problems import Map
 
 
-class Enough(Exception):
+class Enough(Exception):  # noqa: N818 - it ends a solve and reports no error
     """All samples have arrived, or the evaluations are used up. Ends a solver that would go on."""
 
 
@@ -60,14 +60,18 @@ class Record:
         self.residuals = []
 
 
-def curve_of(best: Sequence[Tensor]) -> list[float]:
-    """The worst sample's best residual after each evaluation, from one (N, B) for each run of some samples.
+def curves_of(best: Sequence[Tensor]) -> Tensor:
+    """Each sample's best residual after each evaluation, (N, B), from one such tensor for each run of some samples.
 
     A run that ended early keeps its last value.
     """
     length = max(map(len, best))
-    rows = [torch.cat([b, b[-1:].expand(length - len(b), -1)]) for b in best]
-    return torch.cat(rows, dim=1).amax(dim=1).tolist()
+    return torch.cat([torch.cat([b, b[-1:].expand(length - len(b), -1)]) for b in best], dim=1)
+
+
+def worst(curves: Tensor) -> list[float]:
+    """The largest of them after each evaluation."""
+    return curves.amax(dim=1).tolist()
 
 
 def count(curve: Sequence[float], level: float) -> float:

@@ -387,9 +387,9 @@ class Solver(Method, SolverLoop):
         norm: 'l2': one residual for all that belongs to a sample. 'max': one for each leaf of a nested state, and
             the largest counts, so that a small leaf cannot hide in a big one.
         min_iter: no sample stops before so many evaluations, though it has converged.
-        patience: a sample is `STALLED` when its best residual has not fallen by one per cent in so many evaluations
-            and is small enough to be rounding: within 1000 ε of ‖f(z)‖, ε that of the narrowest dtype that f is seen
-            to compute in. A half-precision f always ends so. 0: never.
+        patience: a sample is `STALLED` when it has not come closer in so many evaluations and its residual is small
+            enough to be rounding: within 100 ε of ‖f(z)‖, ε that of the narrowest dtype that f is seen to compute in,
+            and 1/16 at most. A half-precision f always ends so. 0: never.
         check_every: ask the device whether to stop every so many evaluations only. An evaluation that is not asked
             about costs no wait. On a CUDA device the answer is read one evaluation late, without waiting for it.
         compact: leave samples that are done out of the batch when they are half of it or more. f must treat samples

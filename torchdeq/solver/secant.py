@@ -189,15 +189,20 @@ class SecantSolver(Solver):
 
 
 def solve_small(k: Tensor, b: Tensor) -> Tensor:
-    """γ with K γ = b, (B, n), for K (B, n, n) and b (B, n); 0 for a sample whose K is singular: a Picard step."""
-    n = b.shape[1]
+    """γ with K γ = b, (B, n), for K (B, n, n) and b (B, n); 0 for a sample whose K is singular: a Picard step.
+
+    In float64, where the device has it: K is ill-conditioned after some tens of steps, and costs next to nothing.
+    """
+    n, dtype = b.shape[1], b.dtype
+    if b.device.type in ("cpu", "cuda"):
+        k, b = k.double(), b.double()
     if extra := padding(n, b):
         k = torch.nn.functional.pad(k, (0, extra, 0, extra))
         k.diagonal(dim1=1, dim2=2)[:, n:] = 1
         b = torch.nn.functional.pad(b, (0, extra))
     gamma, _ = torch.linalg.solve_ex(k, b)  # does not raise on a singular sample, which gets inf or NaN
     broken = (gamma * 0).sum(dim=1, keepdim=True) != 0
-    return gamma.masked_fill(broken, 0.0)[:, :n]
+    return gamma.masked_fill(broken, 0.0)[:, :n].to(dtype)
 
 
 def padding(size: int, like: Tensor) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torchdeq.solver.base import SolverLoop
 
 #: Residuals within so many units of rounding of a state's size may consist of rounding, if f is well conditioned …
-_NEAR_ROUNDING = 1000.0
+_NEAR_ROUNDING = 100.0
 #: … and no residual above this part of it does, whatever the dtype: eight units of bfloat16.
 _NO_ROUNDING = 1 / 16
 
