@@ -252,7 +252,7 @@ def _scipy_methods(goal: float) -> tuple[list[Method], list[Method], dict[str, s
 
 def _scipy_forward(
     method: str, options: dict[str, Any], picard: bool, goal: float, problem: Problem
-) -> list[float]:
+) -> Tensor:
     """Each sample is solved on its own, in the dtype of f, from 0 or after one step of Picard's.
 
     The equation is f(z) − z = 0, so that with alpha=1 the first step is Picard's; for df-sane, whose first step is −F,

@@ -14,14 +14,24 @@ def test_is_what_deq_uses():
     assert DEQ().solver == Multisecant()
 
 
-def test_on_an_affine_map_it_is_anderson_with_all_of_its_memory_and_so_gmres():
+def test_on_an_affine_contraction_it_is_anderson_with_all_of_its_memory_and_so_gmres():
     n, steps = 24, 12
-    a = random_matrix(n, 0.9)
+    a = random_matrix(n, 0.4)
     b = torch.randn(3, n, dtype=F64, generator=torch.Generator().manual_seed(1))
     f = AffineMap(lambda u: u @ a.T, b)
     krylov = GMRES(tol=0.0, max_iter=steps + 1).run(f).z
     mine = Multisecant(tol=0.0, max_iter=steps + 2, return_final=True)(f, torch.zeros_like(b))
     assert (mine.z - f(krylov)).norm() / b.norm() < 1e-6  # λ = 1e-8
+
+
+def test_where_the_first_step_says_little_it_begins_as_broydens():
+    """To the last bit: the first Picard step of this map leaves more than 0.7 of the residual."""
+    f = TanhMap.make(gain=2.5)
+    f.x.data *= 3
+    first = Multisecant(max_iter=2, tol=0.0)(f, f.z0).trace
+    assert (first[1] > 0.7 * first[0]).all()
+    mine = Multisecant(max_iter=15, tol=0.0, return_final=True)(f, f.z0)
+    assert torch.equal(mine.z, Broyden(max_iter=15, tol=0.0, return_final=True)(f, f.z0).z)
 
 
 def test_a_grown_residual_makes_twenty_steps_of_broydens():

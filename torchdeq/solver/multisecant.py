@@ -1,12 +1,15 @@
 """Anderson's type II steps where they lead down, Broyden's where they do not: the default solver of `DEQ`.
 
-    z_{k+1} = z_k + r_k − Uᵀ γ,      with the γ of Anderson's type II while ‖r_k‖ falls,
-                                     and of Broyden's good method for twenty steps after it has grown.
+    z_{k+1} = z_k + r_k − Uᵀ γ,      with the γ of Anderson's type II for a sample that is calm,
+                                     and of Broyden's good method for one that is not.
 
-On a contraction the residual falls, and type II, which makes the predicted residual smallest, needs the fewest
-evaluations. Far from one its predictions fail; the good method, which trusts old differences less, goes on to
-converge there. Both read their γ off the same differences (see `torchdeq.solver.secant`), so changing from one
-to the other costs nothing and forgets nothing.
+A sample is calm if its first Picard step brought the residual down to 0.7 of it, or if the residual has not grown for
+twenty steps; and not if it has just grown.
+
+On a contraction type II, which makes the predicted residual smallest, needs the fewest evaluations. Far from one its
+predictions fail; the good method, which trusts old differences less, goes on to converge there. Both read their γ off
+the same differences (see `torchdeq.solver.secant`), so changing from one to the other costs nothing and forgets
+nothing.
 
 Sources: Martínez (2000), doi 10.1016/S0377-0427(00)00434-9, for choosing between two updates at every step; Fang and
 Saad (2009), doi 10.1002/nla.617, for the two as members of one family. The rule of choice is ours, found on the maps of
@@ -24,7 +27,8 @@ from torch import Tensor
 from torchdeq.solver.anderson import default_lam
 from torchdeq.solver.secant import Products, SecantSolver
 
-_CAUTION = 20  # steps of Broyden's after a residual has grown
+_CAUTION = 20  # steps without growth that make a sample calm
+_STRONG = 0.7  # what the first Picard step leaves of the residual where f contracts strongly
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -33,8 +37,8 @@ class Multisecant(SecantSolver):
 
     Arguments:
         m: the largest number of differences in use, at least 1; beyond it the oldest is forgotten. Memory is two states
-            for each, as they are used: a solve that takes 12 evaluations holds 22. None: all of them, which hard
-            maps reward. 20 is nearly as good on the others.
+            for each, as they are used, and room for some more: a solve that takes 12 evaluations holds about 32. None:
+            all of them, which hard maps reward. 20 is nearly as good on the others.
 
     Example:
         Plain iteration diverges here.
@@ -66,14 +70,15 @@ class Multisecant(SecantSolver):
         return torch.stack((products.yy, products.us), dim=1), torch.stack((products.yy, products.sy), dim=1)
 
     def begin(self, z: Tensor) -> Tensor:
-        """Steps since the residual last grew, (B,)."""
-        return torch.full_like(z[:, 0] if z.shape[1] else z.sum(1), _CAUTION)
+        """Steps since the residual last grew, (B,); −1 before the first."""
+        return torch.full_like(z[:, 0] if z.shape[1] else z.sum(1), -1.0)
 
     def system(
         self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Anderson's for a sample that is calm, Broyden's for one that is not."""
-        more = (more + 1).masked_fill(size > before, 0.0)
+        strong = (more < 0) & (size <= _STRONG * before)
+        more = (more + 1).masked_fill(strong, _CAUTION).masked_fill(size > before, 0.0)
         calm = (more >= _CAUTION)[:, None]
         gram, good = k.unbind(1)
         k = torch.where(calm[:, :, None], gram, good)
