@@ -35,10 +35,7 @@ WHY = {
     "attention+MLP 0.3": "jaxopt begins with five Picard steps, which are as good as any here; our RRE does the same.",
     "conv+GroupNorm 0.5": SHORT,
     "attention+MLP 0.7": SHORT,
-    "tanh gain 2.5, x std 3": "Type II's predictions fail here, and the default finds out by trying. "
-    "Broyden's methods, ours and theirs, do without.",
-    "tanh gain 2.5, n=32": "The good method from the start saves the steps in which type II fails; our Broyden() needs "
-    "what 0.1.0's needs.",
+    "tanh gain 2.5, x std 3": BAD,
     "attention+MLP 1": "A short history wins: differences from far away mislead. Our Anderson(m=10) needs what SciPy's "
     "needs.",
     "attention+MLP 1.5": "To 1e-2 extrapolation from a few Picard steps is enough. Below, SciPy's is the method of our "
