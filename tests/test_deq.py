@@ -16,6 +16,7 @@ from torchdeq import (
     DEQ,
     GMRES,
     IFT,
+    AffineMap,
     Anderson,
     Broyden,
     ConvergenceError,
@@ -257,3 +258,12 @@ def test_forward_mode_raises_rather_than_give_the_tangent_of_the_last_step(metho
         with pytest.raises(RuntimeError, match="reverse-mode derivatives only"):
             run(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         assert run(x).shape == x.shape
+
+
+def test_an_affine_map_is_one_for_the_module_too():
+    b = torch.ones(2, 3, dtype=F64, requires_grad=True)
+    f = AffineMap(lambda u: 0.5 * u, b)
+    z, solution = DEQ(GMRES(tol=1e-10), IFT(solver=GMRES(tol=1e-10)))(f, torch.zeros(2, 3, dtype=F64))
+    assert solution.converged.all()
+    assert torch.allclose(z, torch.full_like(z, 2.0))
+    assert torch.allclose(torch.autograd.grad(z.sum(), b)[0], torch.full_like(b, 2.0))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdeq._state import FlatMap, Tree, layout_of
+from torchdeq._method import Method
+from torchdeq._state import Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.solution import Reporter, Solution
-from torchdeq.solver.base import SolverLoop, unravel_solution
+from torchdeq.solver.base import SolverLoop, flatten_map, unravel_solution
 from torchdeq.solver.multisecant import Multisecant
 
 FORWARD_REMEDY = (
@@ -93,6 +94,12 @@ class DEQ(nn.Module):
         self.throw = throw
         self.on_backward = on_backward
         self._methods = methods * (len(record) + 1) if len(methods) == 1 else methods
+        # Solvers that learn are submodules, also those inside a chain or a gradient method.
+        inside = [m for part in (solver, eval_solver, methods) for m in _modules_in(part)]
+        outside = {id(solver), id(eval_solver)}
+        inside = [m for m in dict.fromkeys(inside) if id(m) not in outside]
+        if inside:
+            self.inner_solvers = nn.ModuleList(inside)
         self._forward_report = Reporter(FORWARD_REMEDY, throw=throw)
         self._backward_report = Reporter(ADJOINT_REMEDY, throw=throw)
 
@@ -142,6 +149,18 @@ class DEQ(nn.Module):
         return f"DEQ({', '.join([repr(self.solver), repr(self.grad), *options])})"
 
 
+def _modules_in(part: Any) -> Iterator[nn.Module]:
+    """The modules among a solver or gradient method and what it is made of."""
+    if isinstance(part, nn.Module):
+        yield part
+    elif isinstance(part, list | tuple):
+        for one in part:
+            yield from _modules_in(one)
+    elif isinstance(part, Method):
+        for field in dataclasses.fields(part):
+            yield from _modules_in(getattr(part, field.name))
+
+
 def solve_and_attach(
     f: Callable[[Tree], Tree],
     z0: Tree,
@@ -164,7 +183,7 @@ def solve_and_attach(
         The states in the structure of z0, the final one last, and the `Solution` without states.
     """
     layout = layout_of(z0, batch_dims)
-    flat, start = FlatMap(f, layout), layout.ravel(z0, source="z0")
+    flat, start = flatten_map(f, layout), layout.ravel(z0, source="z0")
     if torch.is_grad_enabled():
         last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
         states: list[Tensor] = []

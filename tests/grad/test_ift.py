@@ -469,3 +469,21 @@ def test_cgnr_differentiates_under_inference_mode_too():
         )
     assert a.is_inference()
     assert solution.converged.all()
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["gmres", "bicgstab", "neumann", "cgnr", "anderson", "broyden"])
+def test_a_loss_on_one_of_many_coupled_samples_gets_a_right_gradient(name, hook):
+    """The others have no cotangent, but an adjoint all the same: they reach the loss through the one."""
+    ring = torch.roll(torch.eye(6, dtype=F64), 1, 0)
+    x = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    a = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    f = lambda z: torch.tanh(a * (ring @ z) + x)  # noqa: E731
+    deq = DEQ(FixedPointIteration(tol=1e-13, max_iter=300), IFT(solver=as_solver(name, tol=1e-11), hook=hook))
+    z, _ = deq(f, torch.zeros_like(x))
+    g = torch.zeros_like(x)
+    g[0] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CouplingWarning)
+        got = torch.autograd.grad(z, [a], g)
+    assert error(got, exact_gradient(f, torch.zeros_like(x), g, [a])) < 1e-8

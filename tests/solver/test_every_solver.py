@@ -703,3 +703,34 @@ def test_compact_refuses_an_affine_map_at_the_door():
 
 def test_functions_as_solvers_can_be_hashed():
     hash(as_solver(lambda f, x0, **options: (x0, [], {}), m=3))
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-3, 1e-2])
+def test_compact_does_not_call_converged_what_a_weak_coupling_keeps_from_it(strength):
+    """It refuses, or what it returns is as good as it says."""
+    gen = torch.Generator().manual_seed(0)
+    w, x = torch.randn(8, 8, generator=gen) * 0.2, torch.randn(64, 8, generator=gen)
+    scale = torch.linspace(0.1, 2.5, 64)[:, None]
+
+    def f(z, rows=None):
+        rows = torch.arange(64) if rows is None else rows
+        return scale[rows] * torch.tanh(z @ w + strength * z.mean(0) + x[rows])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CouplingWarning)
+        try:
+            solution = as_solver("anderson", tol=1e-5, compact=True)(f, torch.zeros(64, 8))
+        except ValueError as refusal:
+            if "does not treat samples separately" not in str(refusal):
+                raise
+            return
+    r = (f(solution.z) - solution.z).norm(dim=1)
+    assert (r[solution.converged] <= 2e-5).all()
+
+
+def test_no_more_differences_are_kept_than_can_say_anything():
+    solver = as_solver("broyden", max_iter=300, tol=0.0)
+    state, z = solver.init(torch.zeros(2, 3, dtype=F64)), torch.zeros(2, 3, dtype=F64)
+    for _ in range(40):
+        z, state = solver.step(None, z, torch.sin(40 * z) + z.flip(-1) + 1, state)
+    assert state.y.shape[1] == 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.problems import F64, TanhMap
-from torchdeq import DEQ, IFT, SOLVERS, SolverModule, as_solver, register_solver
+from torchdeq import DEQ, IFT, SOLVERS, Fallback, NewtonKrylov, SolverModule, as_solver, register_solver
 from torchdeq.grad.base import GradMethod
 
 
@@ -78,3 +78,9 @@ def test_wrong_options_teach():
         Mixing(max_itr=3)
     with pytest.raises(ValueError, match="at least 1"):
         Mixing(max_iter=0)
+
+
+def test_inside_a_chain_or_a_gradient_method_its_parameters_are_those_of_the_module():
+    mix = Mixing()
+    for deq in (DEQ(Fallback(mix, NewtonKrylov())), DEQ(grad=IFT(solver=mix)), DEQ(mix, IFT(solver=mix))):
+        assert list(deq.parameters()) == [mix.raw]

@@ -214,7 +214,9 @@ class AffineSolver(Solver):
             r_new = b + linear(u_new) - u_new
             new = per_sample(r_new)
             failed = failed | ~new.isfinite()
-            better = new <= size  # never worse than where it began
+            # Never worse than where it began. A sample that took no step is where it was, so what is measured there now
+            # is its residual: if L couples samples, that of one without a right-hand side is no longer 0.
+            better = (new <= size) | (space.steps == 0)
             start = size
             u, r = torch.where(better[:, None], u_new, u), torch.where(better[:, None], r_new, r)
             size = torch.where(better, new, size)

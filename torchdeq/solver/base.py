@@ -22,7 +22,7 @@ from torchdeq._method import Method
 from torchdeq._replay import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
 from torchdeq.solution import Reporter, Solution, Status, StopMode
-from torchdeq.solver.coupling import mixes_samples
+from torchdeq.solver.coupling import is_random, mixes_samples
 from torchdeq.solver.maps import AffineMap, Tally
 from torchdeq.solver.together import solve_together
 from torchdeq.solver.watch import Iterate, Watch, leaf_max, relative
@@ -149,7 +149,10 @@ class SolverLoop:
         with tally.amp.off():
             solution = self._loop(tally, z0, record)
             if together and self.separate and self._suspects(solution):
-                coupled = mixes_samples(tally, solution.z)
+                # A sample at rest that moved has been pushed, unless f is random.
+                coupled = mixes_samples(tally, solution.z) or (
+                    solution.coupled and not is_random(tally, solution.z)
+                )
                 solution = dataclasses.replace(solution, nfe=tally.calls)
                 if coupled:
                     solution = solve_together(self, tally, solution)
@@ -294,8 +297,11 @@ class SolverLoop:
                 f"the samples it is asked about: def f(z, rows=None): ..."
             )
             raise
-        apart = per_sample(image - fz[rows])
-        if bool((apart > math.sqrt(f.resolution(z)) * (per_sample(fz[rows]) + apart)).any()):
+        apart, scale = per_sample(image - fz[rows]), per_sample(fz[rows])
+        noise = f.resolution(z)
+        matters = 0.1 * self.tol * (scale if self.stop_mode == "rel" else torch.ones_like(scale))
+        allowed = torch.minimum(math.sqrt(noise) * scale, matters).maximum(64 * noise * scale)
+        if bool((apart > allowed).any()):
             raise ValueError(
                 f"{self!r}: f gives samples other values when the finished ones are left out, so it does not treat "
                 f"samples separately. Use compact=False; for a state that is one system, batch_dims=0."

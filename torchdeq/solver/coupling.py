@@ -67,3 +67,14 @@ def mixes_samples(f: Map, z: Tensor) -> bool:
     if not (apart(here, others, half) or apart(others, both, ~half)):
         return False
     return not apart(here, f(z), half | True)  # an f that is random mixes nothing, it only looks so
+
+
+def is_random(f: Map, z: Tensor) -> bool:
+    """Whether f gives two values at one z, beyond rounding. Two evaluations.
+
+    Example:
+        >>> is_random(torch.cos, torch.ones(2, 2)), is_random(torch.rand_like, torch.ones(2, 2))
+        (False, True)
+    """
+    once, twice = f(z), f(z)
+    return bool((per_sample(once - twice) > 64 * torch.finfo(z.dtype).eps * per_sample(once)).any())

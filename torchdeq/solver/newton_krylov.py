@@ -186,8 +186,7 @@ class Linearised(Tally):
             try:
                 found = linear.solve(products, r, limit=limit, budget=self.limit - 1, check=False)
             except RuntimeError as error:
-                error.add_note(_NOT_EXACT)
-                raise
+                raise RuntimeError(f"{_NOT_EXACT} Autograd said: {error.__cause__ or error}") from error
         self.calls = products.calls
         return torch.where((found.steps > 0)[:, None], found.u, r)
 

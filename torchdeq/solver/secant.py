@@ -120,8 +120,10 @@ class SecantSolver(Solver):
         step = torch.add(z, r, alpha=self.tau)
         if state.pairs < 0:
             return step, state._replace(z=z, r=r, size=size, pairs=0)
-        n, slot, d = min(state.pairs + 1, self.depth), state.pairs % self.depth, z.shape[1]
-        state = _with_room(state, n, self.depth)
+        d = z.shape[1]
+        depth = min(self.depth, max(1, 2 * d))  # more differences than that say nothing new about d unknowns
+        n, slot = min(state.pairs + 1, depth), state.pairs % depth
+        state = _with_room(state, n, depth)
 
         s, y = z - state.z, r - state.r
         length = per_sample(y)
