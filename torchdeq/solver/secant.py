@@ -121,7 +121,7 @@ class SecantSolver(Solver):
         if state.pairs < 0:
             return step, state._replace(z=z, r=r, size=size, pairs=0)
         d = z.shape[1]
-        depth = min(self.depth, max(1, 2 * d))  # more differences than that say nothing new about d unknowns
+        depth = min(self.depth, max(1, 3 * d))  # more differences than that say nothing new about d unknowns
         n, slot = min(state.pairs + 1, depth), state.pairs % depth
         state = _with_room(state, n, depth)
 
