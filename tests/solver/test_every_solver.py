@@ -211,6 +211,10 @@ def test_prints_compares_and_pickles_as_the_call_that_made_it(name):
 def test_wrong_options_are_errors_that_teach(name):
     with pytest.raises(TypeError, match=r"no option 'max_itr'. Did you mean 'max_iter'"):
         as_solver(name, max_itr=3)
+    with pytest.raises(TypeError, match=r"no option 'max_itr'. Did you mean 'max_iter'"):
+        type(as_solver(name))(max_itr=3)
+    with pytest.raises(TypeError, match="takes its options by name, got 0.001"):
+        type(as_solver(name))(1e-3)
     for bad in ({"max_iter": 0}, {"max_iter": 2.5}, {"tol": -1.0}, {"stop_mode": "relative"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             as_solver(name, **bad)
