@@ -706,7 +706,8 @@ def test_compact_refuses_an_affine_map_at_the_door():
 
 
 def test_functions_as_solvers_can_be_hashed():
-    hash(as_solver(lambda f, x0, **options: (x0, [], {}), m=3))
+    function = lambda f, x0, **options: (x0, [], {})  # noqa: E731
+    assert len({as_solver(function, m=3), as_solver(function, m=3), as_solver(function, tol=0.5)}) == 2
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-3, 1e-2])

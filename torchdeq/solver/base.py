@@ -169,9 +169,9 @@ class SolverLoop:
     def _suspects(self, solution: Solution) -> bool:
         """Whether a solve fell so far short that f may be coupling the samples.
 
-        To know costs three evaluations. So it is asked only of a solve that made fifty; or that made ten, or gave up,
-        and brought some sample's residual down by less than a factor of ten; or that saw a sample at rest move, which
-        proves it.
+        To know costs three to five evaluations. So it is asked only of a solve that made fifty; or that made ten, or
+        gave up, and brought some sample's residual down by less than a factor of ten; or that saw a sample at rest
+        move, which proves it unless f is random.
         """
         if solution.status.numel() < 2 or bool(solution.converged.all()):
             return False
@@ -385,8 +385,8 @@ class Solver(Method, SolverLoop):
         max_iter: the largest number of evaluations of f, at least 1, counted alike for every solver. Only a solve
             that did not converge makes more: one, if the samples' best iterates come from different
             evaluations, to measure them together, because an f that couples samples would make such a mixture
-            worthless (the best single iterate is returned then); and three, if there were fifty, or ten that achieved
-            little, to see whether f couples samples. If it does, the batch is solved again as one sample.
+            worthless (the best single iterate is returned then); and three to five, if there were fifty, or ten that
+            achieved little, to see whether f couples samples. If it does, the batch is solved again as one sample.
         tol: a sample has converged when its residual is at most `tol`. 0 asks for all evaluations.
         stop_mode: the residual is ‖f(z) − z‖ for 'abs', ‖f(z) − z‖ / ‖f(z)‖ for 'rel'. Euclidean norms
             over everything that belongs to one sample.

@@ -35,7 +35,7 @@ def couples_samples(linear: Map, u: Tensor) -> bool:
 
 
 def mixes_samples(f: Map, z: Tensor) -> bool:
-    """Whether f(z) of some samples changes when others do. Three evaluations.
+    """Whether f(z) of some samples changes when others do. Three evaluations, and a fourth if it seems so.
 
     The samples are divided in two halves, at random but always alike. A coupling within both halves only is not seen.
 
@@ -70,7 +70,11 @@ def mixes_samples(f: Map, z: Tensor) -> bool:
 
 
 def is_random(f: Map, z: Tensor) -> bool:
-    """Whether f gives two values at one z, beyond rounding. Two evaluations.
+    """Whether f gives two values at one z, beyond rounding (64 ε, as where mixtures are measured). Two evaluations.
+
+    Arguments:
+        f: (B, D) -> (B, D).
+        z: where to look, (B, D).
 
     Example:
         >>> is_random(torch.cos, torch.ones(2, 2)), is_random(torch.rand_like, torch.ones(2, 2))

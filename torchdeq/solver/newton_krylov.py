@@ -100,9 +100,8 @@ class NewtonKrylov(Solver):
         assert isinstance(f, Linearised)
         r = fz - z
         size = per_sample(r)
-        if (
-            not state.begun
-        ):  # f is often at its worst where one begins: a norm layer has no useful derivative at 0
+        if not state.begun:
+            # f is often at its worst where one begins: a norm layer has no useful derivative at 0.
             return z + r, state._replace(z=z, r=r, d=r, begun=True)
         accepted = size <= (1 - _DECREASE * state.alpha) * state.size
         accepted = accepted | ((state.alpha <= _SMALLEST) & size.isfinite())
@@ -156,9 +155,8 @@ class Linearised(Tally):
         with torch.inference_mode(False), torch.enable_grad():
             self.at = z.detach().clone().requires_grad_()
             try:
-                self.image = super().__call__(
-                    self.at.clone()
-                )  # a copy, so that an f in place meets our error
+                # A copy, so that an f in place meets our error.
+                self.image = super().__call__(self.at.clone())
             except RuntimeError as error:
                 error.add_note(_NOT_EXACT)
                 raise
