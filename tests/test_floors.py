@@ -20,6 +20,8 @@ MODULES = {
 FLOORS = {
     "torchdeq._state": 0,
     "torchdeq._replay": 0,
+    "torchdeq._modes": 0,
+    "torchdeq._held": 0,
     "torchdeq._suggest": 0,
     "torchdeq._method": 0,
     "torchdeq.solution": 0,

@@ -15,6 +15,7 @@ import optree
 import torch
 from torch import nn
 
+from torchdeq._held import hold, release
 from torchdeq._state import Tree
 from torchdeq._suggest import did_you_mean
 from torchdeq.deq import FORWARD_REMEDY, solve_and_attach
@@ -317,12 +318,14 @@ class DEQSliced(_Sampling):
         """See `DEQBase.train_states`."""
         at = self.sampled_at(f_max_iter)
         states: list[Tree] = []
-        z = z0
+        z, held = z0, hold(f)  # one update of the buffers for all slices
         for method, start, end in zip(self.methods(len(at)), (0, *at), at, strict=False):
             solver = self._solver(end - start, solver_kwargs)
-            found, solution = solve_and_attach(f, z, solver, [method], on_backward=report)
+            found, solution = solve_and_attach(held, z, solver, [method], on_backward=report)
             states += found
             z = _detached(found[-1])
+        if held is not f:
+            release(held)
         return states, solution
 
 

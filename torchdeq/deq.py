@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdeq._held import hold, release
 from torchdeq._method import Method
 from torchdeq._state import Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, flatten_map, unravel_solution
+from torchdeq.solver.maps import AffineMap
 from torchdeq.solver.multisecant import Multisecant
 
 FORWARD_REMEDY = (
@@ -39,6 +41,20 @@ class DEQ(nn.Module):
         throw: raise a `ConvergenceError` when a sample does not converge, forward or backward, rather than
             warn once.
         on_backward: called with the `Solution` of the adjoint solve after each backward pass.
+        modules: the modules, one or several, whose buffers f changes in training mode. None: those that f is seen
+            to be made of: f itself, what it is a method of, what a closure or a `functools.partial` holds, the
+            globals it names. Name them if f reaches them in another way.
+        hold_noise: draw the random numbers in f, such as the masks of `torch.nn.Dropout`, once for a solve. False:
+            f is taken to draw none, or to keep what it drew.
+
+    Within a solve f is one map. Each evaluation begins with the buffers that the modules had when the solve began:
+    running statistics, the vectors of spectral normalisation. What the last evaluation, at the solution, makes of
+    them stays: one update for one call, as of any other layer. A backward pass changes none. Buffers of modules in
+    eval mode, and those that f does not change, are left alone. A module that initialises itself at its first call
+    should have had that call before.
+
+    With `hold_noise=True` each evaluation begins with the same state of the random generators, and so does each
+    evaluation in a backward pass. A call of the module moves the generators on by one evaluation of f.
 
     Derivatives follow `torch.is_grad_enabled()`, in training and in eval mode alike. Without grad mode no graph
     is built and z is exactly the state whose residual is reported; with it z = f(that state), which is closer
@@ -65,6 +81,8 @@ class DEQ(nn.Module):
         batch_dims: int = 1,
         throw: bool = False,
         on_backward: OnBackward | None = None,
+        modules: nn.Module | Sequence[nn.Module] | None = None,
+        hold_noise: bool = False,
     ):
         super().__init__()
         for name, value in (("solver", solver), ("eval_solver", eval_solver or solver)):
@@ -86,6 +104,12 @@ class DEQ(nn.Module):
             )
         if batch_dims not in (0, 1, 2):
             raise ValueError(f"DEQ(batch_dims={batch_dims!r}): expected 0, 1 or 2.")
+        stateful = (modules,) if isinstance(modules, nn.Module) else modules
+        if stateful is not None and not all(isinstance(module, nn.Module) for module in stateful):
+            raise TypeError(
+                f"DEQ(modules={modules!r}): expected the modules whose buffers f changes, one torch.nn.Module or a "
+                f"sequence of them."
+            )
         self.solver = solver
         self.grad = grad
         self.eval_solver = eval_solver
@@ -93,6 +117,9 @@ class DEQ(nn.Module):
         self.batch_dims = batch_dims
         self.throw = throw
         self.on_backward = on_backward
+        # A tuple, so that they are not registered here: they are the caller's, who has them elsewhere.
+        self.stateful = None if stateful is None else tuple(stateful)
+        self.hold_noise = hold_noise
         self._methods = methods * (len(record) + 1) if len(methods) == 1 else methods
         # Solvers that learn are submodules, also those inside a chain or a gradient method.
         inside = [m for part in (solver, eval_solver, methods) for m in _modules_in(part)]
@@ -125,6 +152,8 @@ class DEQ(nn.Module):
             record=self.record,
             batch_dims=self.batch_dims,
             on_backward=self._backward,
+            modules=self.stateful,
+            hold_noise=self.hold_noise,
         )
         self._forward_report(solution)
         return states[-1], dataclasses.replace(solution, states=states[:-1])
@@ -143,9 +172,12 @@ class DEQ(nn.Module):
                 ("batch_dims", 1),
                 ("throw", False),
                 ("on_backward", None),
+                ("hold_noise", False),
             )
             if getattr(self, name) != default
         ]
+        if self.stateful is not None:  # by their class: one of them may hold this module
+            options.append(f"modules=[{', '.join(type(module).__name__ for module in self.stateful)}]")
         return f"DEQ({', '.join([repr(self.solver), repr(self.grad), *options])})"
 
 
@@ -170,11 +202,13 @@ def solve_and_attach(
     record: Sequence[int] = (),
     batch_dims: int = 1,
     on_backward: OnBackward | None = None,
+    modules: Sequence[nn.Module] | None = None,
+    hold_noise: bool = False,
 ) -> tuple[list[Tree], Solution]:
     """Solve z = f(z) and give every sampled state its derivative.
 
     Arguments:
-        f, z0, batch_dims, on_backward: see `DEQ`.
+        f, z0, batch_dims, on_backward, modules, hold_noise: see `DEQ`.
         solver: the forward solver.
         methods: one gradient method per entry of `record` and, last, one for the solution.
         record: evaluations to sample.
@@ -183,15 +217,23 @@ def solve_and_attach(
         The states in the structure of z0, the final one last, and the `Solution` without states.
     """
     layout = layout_of(z0, batch_dims)
-    flat, start = flatten_map(f, layout), layout.ravel(z0, source="z0")
+    start = layout.ravel(z0, source="z0")
+    map_ = f.linear if isinstance(f, AffineMap) else f
+    held = hold(map_, modules, noise=start.device if hold_noise else None)
+    ours = held is not map_  # else there is nothing to hold, or our caller holds it for more than one solve
+    flat = flatten_map(dataclasses.replace(f, linear=held) if isinstance(f, AffineMap) else held, layout)
     if torch.is_grad_enabled():
         last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
+        if ours:
+            release(held)  # what stays is the update at the solution, not one at a recorded state
         states: list[Tensor] = []
         for method, z in zip(methods[:-1], solution.states, strict=True):
             states += method.attach(flat, z, on_backward=on_backward)
         states += last
     else:
         solution = solver.run(flat, start, record=record)
+        if ours:
+            release(held)
         states = [*solution.states, solution.z]
     bare = dataclasses.replace(solution, states=[])
     return [layout.unravel(z) for z in states], unravel_solution(bare, layout)
