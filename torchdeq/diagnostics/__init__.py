@@ -1,7 +1,19 @@
-"""Looking into an equilibrium: how contractive it is, and what each gradient method costs and errs."""
+"""Looking into an equilibrium: is f fit for it, how contractive is it, what does each gradient method cost and err."""
 
+from torchdeq.diagnostics.check import check_fixed_point
 from torchdeq.diagnostics.compare import Candidate, compare_gradients, default_candidates
+from torchdeq.diagnostics.report import Finding, FixedPointReport
 from torchdeq.diagnostics.spectral import spectral_radius
 from torchdeq.diagnostics.table import Comparison, Row
 
-__all__ = ["Candidate", "Comparison", "Row", "compare_gradients", "default_candidates", "spectral_radius"]
+__all__ = [
+    "Candidate",
+    "Comparison",
+    "Finding",
+    "FixedPointReport",
+    "Row",
+    "check_fixed_point",
+    "compare_gradients",
+    "default_candidates",
+    "spectral_radius",
+]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchdeq._state import FlatMap, Tree, layout_of, per_sample
+from torchdeq._state import FlatMap, Map, Tree, layout_of, per_sample
 from torchdeq.solver.gmres import GMRES
 
 
@@ -49,14 +49,29 @@ def spectral_radius(
     start = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
     if not image.requires_grad or at.shape[1] == 0:
         return at.new_zeros(at.shape[0])
-    # Arnoldi for A = I − Jᵀ, as in GMRES, which keeps H = Qᵀ R; the eigenvalues of Jᵀ are 1 − those of A.
+
+    def transposed(u: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(image, at, u, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if product is None else product
+
+    return ritz_values(transposed, start, steps).abs().amax(dim=1)
+
+
+def ritz_values(linear: Map, start: Tensor, steps: int) -> Tensor:
+    """Eigenvalues of the linear map on the Krylov space of `start`, per sample, (B, j), complex; j ≤ min(steps, D).
+
+    Arguments:
+        linear: (B, D) -> (B, D).
+        start: (B, D), not zero.
+        steps: products with the map.
+    """
+    # Arnoldi for A = I − linear, as in GMRES, which keeps H = Qᵀ R; the eigenvalues of linear are 1 − those of A.
     krylov = GMRES()
     state = krylov.first(start / per_sample(start)[:, None])
-    for _ in range(min(steps, at.shape[1])):
-        (product,) = torch.autograd.grad(image, at, state.probe, retain_graph=True, allow_unused=True)
-        state, _ = krylov.advance(state.probe if product is None else state.probe - product, state)
+    for _ in range(min(steps, start.shape[1])):
+        state, _ = krylov.advance(state.probe - linear(state.probe), state)
     j = state.j
     h = state.rotation[:, : j + 1, :j].mT @ state.r[:, : j + 1, :j]  # (B, j, j)
     unused = state.basis[:, :j].abs().amax(dim=2) == 0  # beyond an invariant subspace
     h = h.masked_fill(unused[:, None, :] | unused[:, :, None], 0.0) + torch.diag_embed(unused.to(h.dtype))
-    return (1 - torch.linalg.eigvals(h)).abs().amax(dim=1)
+    return 1 - torch.linalg.eigvals(h)
