@@ -16,7 +16,19 @@ from torchdeq.dropout import (
     VariationalDropToken3d,
     reset_dropout,
 )
-from torchdeq.grad import GRADS, IFT, GradMethod, PhantomGrad, Unroll, as_grad, backward_factory
+from torchdeq.grad import (
+    GRADS,
+    IFT,
+    JFB,
+    GradMethod,
+    NeumannPhantom,
+    PhantomGrad,
+    Reversible,
+    TruncatedCycle,
+    Unroll,
+    as_grad,
+    backward_factory,
+)
 from torchdeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution, Status
 from torchdeq.solver import (
     CG,
@@ -53,6 +65,7 @@ __all__ = [
     "GMRES",
     "GRADS",
     "IFT",
+    "JFB",
     "RRE",
     "SOLVERS",
     "SQUAREM",
@@ -72,13 +85,16 @@ __all__ = [
     "GradMethod",
     "Multisecant",
     "Neumann",
+    "NeumannPhantom",
     "NewtonKrylov",
     "PhantomGrad",
+    "Reversible",
     "SimpleFixedPointIteration",
     "Solution",
     "Solver",
     "SolverModule",
     "Status",
+    "TruncatedCycle",
     "Unroll",
     "VariationalDropToken1d",
     "VariationalDropToken2d",

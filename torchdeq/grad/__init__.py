@@ -6,16 +6,24 @@
 from torchdeq.grad.base import GradMethod
 from torchdeq.grad.factory import GradFunctor, backward_factory
 from torchdeq.grad.ift import IFT
+from torchdeq.grad.jfb import JFB
+from torchdeq.grad.neumann_phantom import NeumannPhantom
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.registry import GRADS, as_grad
+from torchdeq.grad.reversible import Reversible
+from torchdeq.grad.truncated_cycle import TruncatedCycle
 from torchdeq.grad.unroll import Unroll
 
 __all__ = [
     "GRADS",
     "IFT",
+    "JFB",
     "GradFunctor",
     "GradMethod",
+    "NeumannPhantom",
     "PhantomGrad",
+    "Reversible",
+    "TruncatedCycle",
     "Unroll",
     "as_grad",
     "backward_factory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torchdeq._suggest import did_you_mean
 from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.phantom import PhantomGrad
-from torchdeq.grad.registry import as_grad
+from torchdeq.grad.registry import GRADS, as_grad
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import Solver
 from torchdeq.solver.registry import as_solver
@@ -75,7 +76,8 @@ class GradFunctor:
         method = self.method
         if isinstance(method, IFT):
             hook = "hook_ift=True, " if method.hook else ""
-            return f"backward_factory('ift', {hook}b_solver={method.solver!r})"
+            order = f", order={method.order}" if method.order != 1 else ""
+            return f"backward_factory('ift', {hook}b_solver={method.solver!r}{order})"
         if isinstance(method, PhantomGrad):
             rest = [
                 f"{name}={getattr(method, name)!r}"
@@ -109,20 +111,21 @@ def backward_factory(
     tau: float = 1.0,
     **grad_factory_kwargs: Any,
 ) -> GradFunctor:
-    """A gradient functor for z = f(z): implicit differentiation, or a phantom gradient.
+    """A gradient functor for z = f(z): implicit differentiation, a phantom gradient, or any other method by name.
 
     Arguments:
         grad_type: 'ift' for implicit differentiation; an integer k ≥ 1 for a phantom gradient of k steps
-            (k = 1 is the one-step gradient, JFB); or a `GradMethod`.
+            (k = 1 is the one-step gradient, JFB); another name of `GRADS`; or a `GradMethod`.
         hook_ift: solve the adjoint on the graph of the forward's last call of f, in a tensor hook: one
             graph in all. False rebuilds f once in the backward, in an autograd Function.
         b_solver: the adjoint solver: a registered name, a `Solver`, a function of 0.1.0's form, or None for
-            `GMRES(tol=1e-5)`.
+            that of the method, `GMRES(tol=1e-5)` for 'ift'.
         b_solver_kwargs: hyperparameters for it, such as max_iter, tol (relative to the cotangent), stop_mode.
         sup_gap: for a phantom gradient, also return the states after every `sup_gap`-th step.
         sup_loc: for a phantom gradient, also return the states after these steps.
         tau: damping of the phantom gradient.
-        **grad_factory_kwargs: ignored, with a warning.
+        **grad_factory_kwargs: further options of the method that is named, such as terms=5 of 'phantom_neumann'.
+            What it has not is ignored, with a warning.
 
     Returns:
         A functor `(trainer, func, z_pred, writer=None) -> list of states`; see `GradFunctor`.
@@ -142,11 +145,20 @@ def backward_factory(
         4.0
         >>> backward_factory(5, tau=0.5, sup_loc=[2])
         backward_factory(5, sup_loc=(2,), tau=0.5)
+        >>> backward_factory('phantom_neumann', terms=3, tau=0.5).method
+        NeumannPhantom(terms=3, tau=0.5)
     """
-    if grad_factory_kwargs:
-        for name in grad_factory_kwargs:
-            hint = did_you_mean(name, _PARAMETERS)
+    known = _options_of(grad_type)
+    options = {name: value for name, value in grad_factory_kwargs.items() if name in known}
+    for name in grad_factory_kwargs:
+        if name not in known:
+            hint = did_you_mean(name, [*_PARAMETERS, *known])
             warnings.warn(f"backward_factory ignores the keyword {name!r}.{hint}", UserWarning, stacklevel=2)
+    if isinstance(grad_type, str) and grad_type != "ift" and grad_type in GRADS:
+        options |= {"tau": tau} if tau != 1.0 else {}
+        options |= {"sup_gap": sup_gap} if sup_gap != -1 else {}
+        options |= {"sup_loc": tuple(sup_loc)} if sup_loc else {}
+        return GradFunctor(_with_solver(as_grad(grad_type, **options), b_solver, b_solver_kwargs))
     if grad_type == "ift":
         solver = as_solver(IFT().solver if b_solver is None else b_solver, **b_solver_kwargs)
         if sup_gap != -1 or sup_loc:
@@ -156,10 +168,32 @@ def backward_factory(
                 UserWarning,
                 stacklevel=2,
             )
-        return GradFunctor(IFT(solver=solver, hook=hook_ift))
+        return GradFunctor(IFT(solver=solver, hook=hook_ift, **options))
     if isinstance(grad_type, GradMethod):
         return GradFunctor(grad_type)
     if isinstance(grad_type, int):
         loc = tuple(sup_loc or ())
         return GradFunctor(PhantomGrad(steps=grad_type, tau=tau, sup_gap=sup_gap, sup_loc=loc))
     return GradFunctor(as_grad(grad_type))
+
+
+def _with_solver(
+    method: GradMethod, b_solver: str | Solver | Callable[..., Any] | None, b_solver_kwargs: Mapping[str, Any]
+) -> GradMethod:
+    """The method with this solver of its own; with its own one under these options if none is given."""
+    if b_solver is None and not b_solver_kwargs:
+        return method
+    inner = getattr(method, "solver", None)
+    if inner is None:
+        raise TypeError(
+            f"{method!r} has no solver of an adjoint system, got b_solver={b_solver!r} and "
+            f"b_solver_kwargs={dict(b_solver_kwargs)!r}. Leave them out, or use grad_type='ift'."
+        )
+    return method.replace(solver=as_solver(b_solver or inner, **b_solver_kwargs))
+
+
+def _options_of(grad_type: str | int | GradMethod) -> set[str]:
+    """What a method that is given by its name takes beyond the parameters of `backward_factory`."""
+    if not isinstance(grad_type, str) or grad_type not in GRADS:
+        return set()
+    return {f.name for f in dataclasses.fields(as_grad(grad_type))} - {"solver", "hook"}

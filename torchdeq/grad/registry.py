@@ -8,14 +8,22 @@ from typing import Any
 from torchdeq._suggest import did_you_mean
 from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import IFT
+from torchdeq.grad.jfb import JFB
+from torchdeq.grad.neumann_phantom import NeumannPhantom
 from torchdeq.grad.phantom import PhantomGrad
+from torchdeq.grad.reversible import Reversible
+from torchdeq.grad.truncated_cycle import TruncatedCycle
 from torchdeq.grad.unroll import Unroll
 
 #: Gradient methods by name. Tests, the command line and the benchmarks read this table.
 GRADS: dict[str, Callable[..., GradMethod]] = {
     "ift": IFT,
     "phantom": PhantomGrad,
+    "phantom_neumann": NeumannPhantom,
+    "jfb": JFB,
+    "reversible": Reversible,
     "unroll": Unroll,
+    "truncated_cycle": TruncatedCycle,
 }
 
 

@@ -236,12 +236,16 @@ class SolverLoop:
     def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
         """z, in the precision in which f has seen it, with its residual, from fz = f(z)."""
         z = f.rounded(z)
-        if self._by_leaf(f):
-            size = torch.stack([per_sample(r) for r in (fz - z).split(f.sizes, dim=1)], dim=1)  # (B, leaves)
-            scale = torch.stack([per_sample(leaf) for leaf in fz.split(f.sizes, dim=1)], dim=1)
-        else:
-            size, scale = per_sample(fz - z), per_sample(fz)
-        return Iterate(z, size, scale, leaf_max(relative(size, scale) if self.stop_mode == "rel" else size))
+        with torch.no_grad():  # norms only decide; an unrolled solve would keep a graph of each
+            if self._by_leaf(f):
+                size = torch.stack(
+                    [per_sample(r) for r in (fz - z).split(f.sizes, dim=1)], dim=1
+                )  # (B, leaves)
+                scale = torch.stack([per_sample(leaf) for leaf in fz.split(f.sizes, dim=1)], dim=1)
+            else:
+                size, scale = per_sample(fz - z), per_sample(fz)
+            measure = leaf_max(relative(size, scale) if self.stop_mode == "rel" else size)
+        return Iterate(z, size, scale, measure)
 
     def _final(self, f: Tally, watch: Watch, k: int) -> Iterate:
         """What is returned: the last iterate, the best, or where samples have their best at different evaluations a
