@@ -185,7 +185,6 @@ FAULTY: list[tuple[str, Callable[[Tensor], Any], str, str]] = [
     ("shape", lambda z: (good(z), z), "returned the structure", "another value"),
     ("shape", lambda z: good(z) > 0, "returned dtype torch.bool", "another value"),
     ("shape", lambda z: None, "returned", "another value"),
-    ("function", lambda z: good(z) + torch.rand_like(z), "random numbers", "Draw them once per solve"),
     ("solve", lambda z: z + 1, "did not converge", "jac_reg"),
     ("gradient", lambda z: good(z).detach(), "no path", "detach()"),
     ("gradient", with_numpy, "no path", "NumPy"),
@@ -247,25 +246,19 @@ class Normed(nn.Module):
         return torch.tanh(0.1 * self.norm(z @ W.T + X) + X)
 
 
-def test_a_hidden_state_is_named_and_ends_the_examination() -> None:
-    report = check_fixed_point(Counted(), Z0)
-    assert faults(report) == ["function", "buffers"]
-    assert "calls" in report["function"].text
-    assert report["solve"].verdict == "unknown"
-    assert "f is not a function" in report["solve"].text
+class Holder:
+    """An object with a module in a list, where DEQ does not look."""
+
+    def __init__(self, module: nn.Module):
+        self.layers = [module]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.layers[0](z)
 
 
-@pytest.mark.parametrize("wrap", ["module", "method", "closure", "global", "partial", "object", "default"])
-def test_batch_normalisation_is_seen_wherever_it_is_held(wrap: str) -> None:
+@pytest.mark.parametrize("wrap", ["module", "method", "closure", "global", "partial", "default"])
+def test_batch_normalisation_is_seen_wherever_deq_sees_it(wrap: str) -> None:
     module = Normed()
-
-    class Holder:
-        def __init__(self) -> None:
-            self.layers = [module]
-
-        def __call__(self, z: Tensor) -> Tensor:
-            return self.layers[0](z)
-
     source: dict[str, Any] = {"module": module}
     exec("def f(z): return module(z)", source)
     f: Any = {
@@ -274,16 +267,45 @@ def test_batch_normalisation_is_seen_wherever_it_is_held(wrap: str) -> None:
         "closure": lambda z: module(z),
         "global": source["f"],
         "partial": functools.partial(lambda m, z: m(z), module),
-        "object": Holder(),
         "default": lambda z, m=module: m(z),
     }[wrap]
     report = check_fixed_point(f, Z0)
-    assert faults(report) == ["buffers"]
+    assert faults(report) == []
+    assert report["buffers"].verdict == "note"
     assert "running_mean (BatchNorm1d)" in report["buffers"].text
-    assert "modules=[…]" in report["buffers"].advice
+    assert "change once per solve" in report["buffers"].text
     assert report["samples"].verdict == "note"
     assert "batch normalisation" in report["samples"].advice
+    assert report.use.endswith("batch_dims=0)")
+
+
+def test_modules_that_deq_does_not_see_are_to_be_named() -> None:
+    module = Normed()
+    report = check_fixed_point(Holder(module), Z0)
+    assert faults(report) == ["buffers"]
+    assert "DEQ(…, modules=[…])" in report["buffers"].advice
     assert report.use.endswith("batch_dims=0, modules=[…])")
+    # And so it is: named, they change once for one solve, and else at every evaluation.
+    deq = torchdeq.DEQ(batch_dims=0, modules=[module])
+    deq(Holder(module), Z0)
+    assert module.norm.num_batches_tracked.item() == 1
+    torchdeq.DEQ(batch_dims=0)(Holder(module), Z0)
+    assert module.norm.num_batches_tracked.item() > 2
+
+
+def test_buffers_that_f_depends_on_are_held_as_deq_holds_them() -> None:
+    report = check_fixed_point(Counted(), Z0)
+    assert faults(report) == []
+    assert "changes calls (Counted)" in report["buffers"].text
+    assert "once its buffers are held" in report["function"].text
+
+
+def test_a_buffer_of_a_module_in_eval_mode_is_not_held() -> None:
+    report = check_fixed_point(Counted().eval(), Z0)
+    assert faults(report) == ["function", "buffers"]
+    assert "calls" in report["function"].text
+    assert report["solve"].verdict == "unknown"
+    assert "f is not a function" in report["solve"].text
 
 
 def test_a_tensor_that_f_writes_to_is_named_and_put_back() -> None:
@@ -296,18 +318,31 @@ def test_a_tensor_that_f_writes_to_is_named_and_put_back() -> None:
     report = check_fixed_point(f, Z0)
     assert faults(report) == ["buffers"]
     assert "changes count" in report["buffers"].text
+    assert report.use == ""
     assert not bool(count.any())
 
 
-def test_dropout_is_named_and_variational_dropout_is_right() -> None:
-    drop, held = nn.Dropout(0.5), torchdeq.VariationalDropout(0.5)
+def test_random_numbers_are_named_with_what_draws_them_once() -> None:
+    drop = nn.Dropout(0.5)
     report = check_fixed_point(lambda z: good(drop(z)), Z0)
     assert faults(report) == ["function"]
-    assert "drop" in report["function"].text
-    assert "VariationalDropout" in report["function"].advice
+    assert "training mode: drop." in report["function"].text
     assert report["gradient"].verdict == "ok"  # of f with one mask
+    assert report.use.endswith("hold_noise=True)")
+    _, solution = eval(report.use, vars(torchdeq))(lambda z: good(drop(z)), Z0)
+    assert bool(solution.converged.all())
+    assert faults(check_fixed_point(lambda z: good(drop.eval()(z)), Z0)) == []
+    held = torchdeq.VariationalDropout(0.5)
     assert faults(check_fixed_point(lambda z: good(held(z)), Z0)) == []
     assert held.mask is None
+
+
+def test_random_numbers_of_a_generator_cannot_be_held() -> None:
+    generator = torch.Generator().manual_seed(0)
+    report = check_fixed_point(lambda z: good(z) + torch.rand(N, generator=generator, dtype=F64), Z0)
+    assert faults(report) == ["function"]
+    assert "with the same random numbers too" in report["function"].text
+    assert report.use == ""
 
 
 # Notes --------------------------------------------------------------------------------------------------

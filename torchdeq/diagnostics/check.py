@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from torchdeq._held import hold, modules_of
 from torchdeq._replay import AutocastState, RandomState
 from torchdeq._state import FlatMap, Layout, Tree, layout_of, per_sample
 from torchdeq.diagnostics.inside import Held, Inside
@@ -56,7 +57,8 @@ def check_fixed_point(
     * `argument`: f does not change its argument in place.
     * `shape`: f keeps structure, shape and dtype of the state.
     * `function`: f gives one value at one state.
-    * `buffers`: a call changes nothing in the modules and tensors that f is seen to hold, as batch normalisation does.
+    * `buffers`: a call changes nothing in the modules and tensors that f is seen to hold, as batch normalisation does;
+      or nothing but what DEQ holds during a solve.
     * `samples`: f treats samples apart, as `batch_dims` says.
     * `solve`: a solve from z0 converges, in `max_iter` evaluations.
     * `gradient`: f is differentiable there; its products with Jᵀ are finite and agree with difference quotients.
@@ -141,7 +143,7 @@ class _Examination:
         self.at: Literal["solution", "z0"] = "z0"
         self.norm: Tensor | None = None
         self.radius: Tensor | None = None
-        self.symmetric = False
+        self.symmetric = self.hold_buffers = self.name_modules = self.hold_noise = False
 
     def run(self) -> None:
         try:
@@ -221,49 +223,82 @@ class _Examination:
         random = RandomState.capture(self.z.device)
         probe = self.probe()
         z = probe.beside()
-        once, twice = probe.value(z), probe.value(z)
-        moved = self.held.moved()
-        if moved:
-            kinds = {name: self.held.owner(name) for name in moved}
-            self.add(
-                "buffers",
-                "fault",
-                f"a call of f changes {_some([_described(name, module) for name, module in kinds.items()])}. A solve "
-                f"calls f as often as it needs, so this would change as often, or f would drift under the solver.",
-                _advice_on_buffers(list(kinds.values())),
-            )
-        else:
-            self.add("buffers", "ok", "a call changes nothing that f is seen to hold.")
-        if not self.apart(once, twice):
-            self.add("function", "ok", "two calls at one state agree.")
+        differ = self.apart(probe.value(z), probe.value(z))
+        moved = self.buffers()
+        if differ and self.hold_buffers:
+            differ = self.apart(probe.value(z), probe.value(z))
+        if not differ:
+            with_them = ", once its buffers are held" if self.hold_buffers else ""
+            self.add("function", "ok", f"two calls at one state agree{with_them}.")
             return
         self.subject.random = random
-        if not self.apart(probe.value(z), probe.value(z)):
-            droppers = [
-                name or type(module).__name__
-                for name, module in self.held.inside.modules.items()
-                if module.training and isinstance(module, nn.modules.dropout._DropoutNd)
-            ]
-            where = f" Dropout in training mode: {_some(droppers)}." if droppers else ""
+        if self.apart(probe.value(z), probe.value(z)):
             self.add(
                 "function",
                 "fault",
-                f"f draws random numbers at every call, so it has no fixed point.{where} What follows is about f with "
-                f"the numbers of one call.",
-                "Draw them once per solve: torchdeq.VariationalDropout and its kin hold a mask until reset_dropout(); "
-                "draw other noise outside f.",
+                "two calls of f at one state differ, with the same random numbers too: f depends on something that its "
+                "calls change" + (f", such as {_some(moved)}." if moved else "."),
+                "Make f a function of z alone for the time of a solve: take what changes out of f, or give DEQ the "
+                "modules= whose buffers change.",
             )
-            return
-        self.subject.random = None
+            raise _Unfit("f is not a function")
+        self.hold_noise = True
+        droppers = self.training(nn.modules.dropout._DropoutNd)
+        where = f" Dropout in training mode: {_some(droppers)}." if droppers else ""
         self.add(
             "function",
             "fault",
-            "two calls of f at one state differ, with the same random numbers too: f depends on something that its "
-            "calls change" + (f", such as {_some(moved)}." if moved else "."),
-            "Make f a function of z alone for the time of a solve: put its modules into eval mode, or take what "
-            "changes out of f.",
+            f"f draws random numbers at every call, so it has no fixed point.{where} What follows is about f with the "
+            f"numbers of one call.",
+            "DEQ(…, hold_noise=True) draws them once for a solve. torchdeq.VariationalDropout and its kin hold a mask "
+            "until reset_dropout().",
         )
-        raise _Unfit("f is not a function")
+
+    def buffers(self) -> list[str]:
+        """What the calls so far have changed. Buffers that DEQ can hold are held from now on."""
+        moved = self.held.moved()
+        if not moved:
+            self.add("buffers", "ok", "a call changes nothing that f is seen to hold.")
+            return moved
+        owners = {name: self.held.owner(name) for name in moved}
+        named = _some([f"{n} ({type(m).__name__})" if m is not None else n for n, m in owners.items()])
+        if any(
+            m is None or not m.training or n.rpartition(".")[2] not in m._buffers for n, m in owners.items()
+        ):
+            self.add(
+                "buffers",
+                "fault",
+                f"a call of f changes {named}. So f drifts under a solver, which calls it many times.",
+                "Take what changes out of f, or return it as a part of the state. DEQ holds buffers of modules in "
+                "training mode, and nothing else.",
+            )
+            return moved
+        self.hold_buffers = True
+        inner = self.subject.f
+        seen = {id(m) for module in modules_of(inner) for m in module.modules()}
+        told = f"a call of f changes {named}."
+        self.subject.f = hold(inner, self.held.inside.modules.values())
+        if all(id(owner) in seen for owner in owners.values()):
+            self.add(
+                "buffers",
+                "note",
+                f"{told} DEQ holds buffers during a solve, so that they change once per solve.",
+                "A solver that is called without DEQ changes them at every evaluation.",
+            )
+        else:
+            self.name_modules = True
+            self.add(
+                "buffers",
+                "fault",
+                f"{told} DEQ does not see from f that it has these modules, so they would change at every evaluation.",
+                "Name them: DEQ(…, modules=[…]). Then they change once per solve.",
+            )
+        return moved
+
+    def training(self, kind: type[nn.Module]) -> list[str]:
+        """Names of the modules of a kind that f is seen to hold in training mode."""
+        modules = self.held.inside.modules.items()
+        return [name or type(m).__name__ for name, m in modules if m.training and isinstance(m, kind)]
 
     def samples(self) -> None:
         count, depth = len(self.z), self.layout.depth
@@ -288,11 +323,7 @@ class _Examination:
             self.z = self.layout.ravel(tree)
             if lower and not mixes_samples(self.probe().value, self.z):
                 break
-        norms = [
-            name or type(m).__name__
-            for name, m in self.held.inside.modules.items()
-            if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
+        norms = self.training(nn.modules.batchnorm._BatchNorm)
         instead = f" Or replace {_some(norms)}: batch normalisation in training mode couples all samples."
         self.add(
             "samples",
@@ -531,8 +562,7 @@ class _Examination:
         try:
             with forward_ad.dual_level():
                 dual = forward_ad.make_dual(self.z, d)
-                with torch.enable_grad():
-                    image = self.layout.ravel(self.subject(self.layout.unravel(dual)))
+                image = self.layout.ravel(self.subject(self.layout.unravel(dual)))
                 tangent = forward_ad.unpack_dual(image).tangent
                 tangent = torch.zeros_like(d) if tangent is None else tangent.detach().clone()
         except Exception as error:
@@ -580,9 +610,13 @@ class _Examination:
     def conclusion(self) -> tuple[str, str]:
         faults = [name for name in QUESTIONS if self.findings[name].verdict == "fault"]
         options = [] if self.layout.depth == 1 else [f"batch_dims={self.layout.depth}"]
-        if "buffers" in faults and self.findings["function"].verdict == "ok":
-            faults.remove("buffers")  # DEQ can be told
+        # What DEQ can be told to mend is no obstacle.
+        if self.name_modules:
+            faults.remove("buffers")
             options.append("modules=[…]")
+        if self.hold_noise:
+            faults.remove("function")
+            options.append("hold_noise=True")
         if faults:
             return "", f"Mend first what is at fault: {', '.join(faults)}."
         if self.norm is None or self.radius is None:
@@ -624,16 +658,3 @@ def _name_of(f: Any) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _described(name: str, module: nn.Module | None) -> str:
-    return f"{name} ({type(module).__name__})" if module is not None else name
-
-
-def _advice_on_buffers(owners: list[nn.Module | None]) -> str:
-    if all(owner is not None for owner in owners):
-        return (
-            "DEQ(…, modules=[…]) with these modules restores their buffers, so that statistics move once per solve; "
-            "eval() stops them."
-        )
-    return "Take what changes out of f, or return it as part of the state."
