@@ -15,12 +15,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from torchdeq._replay import RandomState
 
@@ -42,7 +43,8 @@ def hold(
     if isinstance(f, Held):
         return f
     buffers = list(_buffers_of(modules_of(f) if modules is None else modules))
-    return Held(f, buffers, noise) if buffers or noise is not None else f
+    needed = buffers or noise is not None or parametrize._cache_enabled
+    return Held(f, buffers, noise) if needed else f
 
 
 def release(f: Callable[..., Any]) -> None:
@@ -68,9 +70,10 @@ class Held:
         self.fresh = True
         self.open = True
         self._random: RandomState | None = None
+        self._weights: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._same_noise():
+        with self._same_noise(), self._own_weights():
             for buffer in self.buffers:
                 buffer.lend()
             try:
@@ -90,6 +93,7 @@ class Held:
         """See `release`."""
         if self.open:
             self.open = False
+            self._weights = {}
             for buffer in self.buffers:
                 buffer.settle()
 
@@ -100,6 +104,19 @@ class Held:
             self._random = RandomState.capture(self.noise)
             return nullcontext()
         return self._random.again()
+
+    @contextmanager
+    def _own_weights(self) -> Iterator[None]:
+        """Within `parametrize.cached()`: weights computed without a graph are not left to calls that need theirs."""
+        if not parametrize._cache_enabled or torch.is_grad_enabled():
+            yield
+            return
+        outer = parametrize._cache
+        parametrize._cache = self._weights
+        try:
+            yield
+        finally:
+            parametrize._cache = outer
 
     def __repr__(self) -> str:
         return f"Held({self.f!r})"
