@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.problems import F64, TanhMap, cotangent, error, exact_adjoint, solve_exactly
-from torchdeq import DEQ, Anderson, FixedPointIteration, PhantomGrad, Unroll
+from torchdeq import DEQ, FixedPointIteration, PhantomGrad, as_grad, backward_factory
 
 STEPS = pytest.mark.parametrize(("steps", "tau"), [(1, 1.0), (5, 0.5), (10, 0.7)])
 
@@ -78,25 +78,24 @@ def test_wrong_options_teach(options, message):
         PhantomGrad(**options)
 
 
-def test_unroll_equals_differentiating_the_loop_and_has_second_derivatives():
-    f = TanhMap.make(n=3, batch=2, gain=0.4)
-
-    def solve(w, x):
-        return DEQ(FixedPointIteration(tol=1e-14, max_iter=100), Unroll())(TanhMap(w, x), f.z0)[0]
-
-    assert torch.autograd.gradcheck(solve, f.wanted)
-    assert torch.autograd.gradgradcheck(solve, f.wanted, atol=1e-4)
+def test_a_number_stands_for_as_many_steps():
+    assert as_grad(5, tau=0.5) == PhantomGrad(steps=5, tau=0.5)
+    assert backward_factory(5, tau=0.5).method == backward_factory("phantom", steps=5, tau=0.5).method
+    f = TanhMap.make(n=4, batch=2)
+    (got,) = backward_factory(3, tau=0.5)(None, f, f.z0)
+    assert torch.equal(got, PhantomGrad(steps=3, tau=0.5).attach(f, f.z0)[0])
 
 
-def test_unroll_refuses_solvers_whose_steps_are_not_functions_of_f_alone():
-    f = TanhMap.make()
-    with pytest.raises(TypeError, match=r"Unroll differentiates.*DEQ\(FixedPointIteration"):
-        DEQ(Anderson(), Unroll())(f, f.z0)
-
-
-def test_unroll_returns_a_solution_without_a_graph():
-    f = TanhMap.make(gain=0.5)
-    z, solution = DEQ(FixedPointIteration(tol=1e-8), Unroll())(f, f.z0)
-    assert z.requires_grad
-    for tensor in (solution.z, solution.abs_residual, solution.abs_trace):
-        assert not tensor.requires_grad
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_a_nested_state_gets_the_gradient_of_the_flat_one(batch_dims):
+    f = TanhMap.make(n=6, batch=3)
+    g = cotangent(f.x)
+    deq = DEQ(
+        FixedPointIteration(tol=1e-13, max_iter=300), PhantomGrad(steps=3, tau=0.7), batch_dims=batch_dims
+    )
+    z, solution = deq(lambda s: tuple(f(torch.cat(s, 1)).split(3, 1)), tuple(f.z0.split(3, 1)))
+    want = torch.cat(solution.z, 1)
+    for _ in range(3):
+        want = 0.7 * f(want) + 0.3 * want
+    want = torch.autograd.grad(want, f.wanted, g)
+    assert error(torch.autograd.grad(torch.cat(z, 1), f.wanted, g), want) < 1e-14

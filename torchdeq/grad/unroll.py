@@ -30,7 +30,7 @@ from torchdeq._modes import without_tangents
 from torchdeq._state import FlatMap, Map, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.phantom import PhantomGrad
-from torchdeq.solution import Solution
+from torchdeq.solution import Solution, Status
 from torchdeq.solver.base import SolverLoop, checked_record, layout_of_map
 from torchdeq.solver.fp_iter import FixedPointIteration
 
@@ -125,8 +125,10 @@ class Unroll(GradMethod):
                 f, z0, record=early
             )
         out, end = run_to_the_end(f, first.z, solver.replace(max_iter=last, min_iter=1), last, late)
+        failed = first.status == Status.NON_FINITE
         return out, dataclasses.replace(
             end,
+            status=torch.where(failed, first.status, end.status),
             nstep=first.nstep + end.nstep,
             nfe=first.nfe + end.nfe,
             abs_trace=torch.cat([first.abs_trace, end.abs_trace]),
