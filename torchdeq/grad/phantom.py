@@ -2,10 +2,12 @@
 
     ẑ_{i+1} = τ f(ẑ_i) + (1 − τ) ẑ_i,   ẑ_0 = z*,   i < k.
 
-At z* its parameter gradient is Bᵀ (I − M^k) u with M = (1 − τ) I + τ Jᵀ and u the exact adjoint: the exact gradient
-less a bias that decays as ‖M‖^k. Source: Geng, Zhang, Bai, Wang and Lin (2021), arXiv 2111.05177 (the unrolled
-form, UPG). k = 1, τ = 1 is the one-step gradient of Geng et al. (2021), arXiv 2109.04553, and JFB of
-Fung et al. (2022), arXiv 2103.12803.
+At z* its parameter gradient is Bᵀ û with û = (I − M^k) u, M = (1 − τ) I + τ Jᵀ and u the exact adjoint. The bias is
+‖û − u‖ ≤ ‖M‖^k ‖u‖. A start that is not z* adds a term of first order in its distance from z*; see
+`torchdeq.grad.unroll`. `NeumannPhantom` gives the same at z*, with the graph of one call of f.
+
+Source: Geng, Zhang, Bai, Wang and Lin (2021), arXiv 2111.05177 (the unrolled form, UPG). k = 1, τ = 1 is the one-step
+gradient of Geng et al. (2021), arXiv 2109.04553, and JFB of Fung et al. (2022), arXiv 2103.12803.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torchdeq.grad.base import GradMethod, OnBackward
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PhantomGrad(GradMethod):
     """k damped steps from the solved state. No adjoint solve; memory and time of k calls of f.
+
+    Bias at a fixed point: ‖û − u‖ ≤ ‖M‖^k ‖u‖ with M = (1 − τ) I + τ Jᵀ, where û stands for the exact adjoint u.
 
     Arguments:
         steps: k, at least 1.

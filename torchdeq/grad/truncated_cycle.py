@@ -6,8 +6,10 @@ From a fixed point it is the phantom gradient of k steps, û = (I − (Jᵀ)^k) 
 
     ‖û − u‖ ≤ γ^k ‖u‖ + L ‖z_T − z*‖ ‖g‖ / (1 − γ)²,
 
-where ‖J‖ ≤ γ < 1 on the way and L is a Lipschitz constant of J; see `torchdeq.grad.unroll`. Where f is far from a
-contraction there is no such bound, nor need z* exist: it is then the gradient of the last k steps, and no more.
+where û stands for the exact adjoint u, ‖J‖ ≤ γ < 1 on the way and L is a Lipschitz constant of J; see
+`torchdeq.grad.unroll`. Where f is far from a contraction there is no such bound, nor need z* exist: it is then the
+gradient of the last k steps, and no more.
+
 Sources: Wang et al. (2025), arXiv 2506.21734 (HRM: the one-step gradient, deep supervision); Jolicoeur-Martineau
 (2025), arXiv 2510.04871 (TRM: T − 1 recursions without a graph, then one with it, the carry detached).
 """
@@ -33,16 +35,18 @@ from torchdeq.solver.base import SolverLoop
 class TruncatedCycle(GradMethod):
     """A fixed number of plain evaluations of f, T without a graph and k with one. No stop test, no adjoint solve.
 
-    Works with `FixedPointIteration` and its simple form. `Solution.nfe` is T + k and its residual that of the last
-    iterate, z_{T+k−1}, which the last evaluation measures; the returned state is z_{T+k}. The solver's `tol` judges the
-    residual and stops nothing; with tol=inf no residual is too large, and nothing warns.
+    Works with `FixedPointIteration` and its simple form; a τ of theirs damps all steps but the last. `Solution.nfe` is
+    T + k and its residual that of the last iterate, z_{T+k−1}, which the last evaluation measures; the returned state
+    is z_{T+k}. The solver's `tol` judges the residual and stops nothing; with tol=inf no residual is too large, and
+    nothing warns.
 
     Bias: ‖J‖^k ‖u‖ and a term of first order in ‖z_T − z*‖. Memory: k graphs of f. Cost: T + k calls of f; in a
     backward pass one through each of the k. The derivative is that of the k steps, and so are those of higher order.
 
     Arguments:
         cycles: T ≥ 0. None: what the solver's max_iter leaves, so that T + k = max_iter and a call without grad mode,
-            in which `DEQ` runs the solver alone, makes as many evaluations as one in training.
+            in which `DEQ` runs the solver alone, makes as many evaluations as one in training. A number: so many,
+            whatever max_iter is, which then counts for calls without grad mode only.
         grad_steps: k ≥ 1.
         noise: σ ≥ 0, of the Gaussian noise that is added to a copy of z0 at each call in grad mode. With z0 = 0 that is
             a random start. It follows the global seed, and is drawn for the batch at once: which numbers a sample gets

@@ -82,7 +82,7 @@ class Unroll(GradMethod):
         )
 
     def attach(self, f: Map, z: Tensor, *, on_backward: OnBackward | None = None) -> list[Tensor]:
-        """`last` tracked steps, one if that is None: a state that is already solved has no other graph."""
+        """`last` tracked steps, undamped; one if that is None, as a state that is solved already has no other graph."""
         return PhantomGrad(steps=self.last or 1).attach(self._steps(f, z, False), z)
 
     def __call__(
