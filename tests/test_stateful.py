@@ -159,7 +159,7 @@ def test_get_deq_updates_once_also_over_slices(core, how):
     two(lambda a, b: (block(a), 0.5 * b), (block.z0, torch.zeros(6, 1, dtype=F64)))
     assert int(block.norm.num_batches_tracked) == 2, "a closure of two states"
     deq.eval()
-    deq(block, block.z0)
+    deq(block, block.z0, sradius_mode=True)
     assert int(block.norm.num_batches_tracked) == 3, "the training flag that counts is the block's own"
 
 

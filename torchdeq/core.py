@@ -190,7 +190,8 @@ class DEQBase(nn.Module):
         self._forward_report(solution)
         info = SolverStat.from_solution(solution)
         if not self.training:
-            info["sradius"] = spectral_radius(f, solution.z) if sradius_mode else torch.zeros(1)
+            # Held and not released: to look at f changes no buffer.
+            info["sradius"] = spectral_radius(hold(f), solution.z) if sradius_mode else torch.zeros(1)
         return [list(z) if unpacked else z for z in states], info
 
 

@@ -53,8 +53,9 @@ class DEQ(nn.Module):
     eval mode, and those that f does not change, are left alone. A module that initialises itself at its first call
     should have had that call before.
 
-    With `hold_noise=True` each evaluation begins with the same state of the random generators, and so does each
-    evaluation in a backward pass. A call of the module moves the generators on by one evaluation of f.
+    With `hold_noise=True` each evaluation begins with the same state of torch's default random generators, that of
+    the CPU and that of the state's device, and so does each evaluation in a backward pass. A call of the module moves
+    them on by one evaluation of f.
 
     Derivatives follow `torch.is_grad_enabled()`, in training and in eval mode alike. Without grad mode no graph
     is built and z is exactly the state whose residual is reported; with it z = f(that state), which is closer
