@@ -11,7 +11,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.problems import F64, cotangent, error, exact_gradient, random_matrix
-from torchdeq import DEQ, GMRES, IFT, AffineMap, Anderson, FixedPointIteration, PhantomGrad, Unroll, get_deq
+from torchdeq import (
+    DEQ,
+    GMRES,
+    GRADS,
+    IFT,
+    AffineMap,
+    Anderson,
+    Broyden,
+    FixedPointIteration,
+    PhantomGrad,
+    Unroll,
+    as_grad,
+    get_deq,
+)
 from torchdeq._held import Held, hold, modules_of
 
 TIGHT = FixedPointIteration(tol=1e-13, max_iter=300)
@@ -132,6 +145,57 @@ def test_every_gradient_method_updates_once(method, momentum):
     want = after_one_call(before, z.detach())
     for name, buffer in block.named_buffers():
         assert torch.allclose(buffer, want[name], rtol=0, atol=1e-11), name
+
+
+@pytest.mark.parametrize("name", GRADS)
+def test_every_registered_gradient_method_leaves_one_update_and_one_mask(name):
+    # Reversible iteration is damped and cannot go on for long.
+    own = {"shine": Broyden(tol=1e-6), "reversible": FixedPointIteration(tol=1e-3, max_iter=40)}
+    solver = own.get(name, TIGHT)
+    deq = DEQ(solver, as_grad(name), hold_noise=True, **ONE)
+    block = Block()
+    before = copy.deepcopy(block)
+    drop, masks = nn.Dropout(0.3), []
+
+    def f(z):
+        masks.append(drop(torch.ones_like(z)))
+        return block(masks[-1] * z)
+
+    torch.manual_seed(0)
+    z, _ = deq(f, block.z0)
+    z.sum().backward()
+    assert len(masks) > 5
+    assert all_equal(masks)
+    want = after_one_call(before, masks[0] * z.detach())
+    for which, buffer in block.named_buffers():  # the last evaluation stands about `tol` from z
+        assert torch.allclose(buffer, want[which], rtol=0, atol=max(1e-11, solver.tol)), which
+
+
+@FORMS
+def test_a_solve_inside_a_solve_counts_as_one_evaluation(hook):
+    block = Block()
+    before = copy.deepcopy(block)
+    method = IFT(solver=EXACT, hook=hook)
+    inner, outer = DEQ(TIGHT, method, **ONE), DEQ(TIGHT, method, **ONE)
+
+    def nested(z):
+        y, _ = inner(lambda y: block(y) + 0.2 * z, torch.zeros_like(z))
+        states.append(y.detach())
+        return y
+
+    states: list[torch.Tensor] = []
+    z, _ = outer(nested, block.z0)
+    assert int(block.norm.num_batches_tracked) == 1
+    # The inner solve of the tracked call ends at its own y = block(y) + 0.2 z.
+    want = after_one_call(before, states[-1])
+    for name, buffer in block.named_buffers():
+        assert torch.allclose(buffer, want[name], rtol=0, atol=1e-11), name
+    g = cotangent(z)
+    wanted = list(block.parameters())
+    # y = z there, so the pair is the one fixed point z = block(z) + 0.2 z.
+    exact = exact_gradient(lambda z: before(z) + 0.2 * z, before.z0, g, list(before.parameters()))
+    assert error(torch.autograd.grad(z, wanted, g), exact) < 1e-9
+    assert int(block.norm.num_batches_tracked) == 1
 
 
 def test_a_recorded_state_does_not_count_as_the_solution():
