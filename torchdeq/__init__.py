@@ -16,6 +16,7 @@ from torchdeq.dropout import (
     VariationalDropToken3d,
     reset_dropout,
 )
+from torchdeq.functional import fixed_point
 from torchdeq.grad import (
     GRADS,
     IFT,
@@ -107,6 +108,7 @@ __all__ = [
     "as_grad",
     "as_solver",
     "backward_factory",
+    "fixed_point",
     "get_deq",
     "get_solver",
     "register_deq",
