@@ -11,6 +11,7 @@ from torchdeq.grad.neumann_phantom import NeumannPhantom
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.registry import GRADS, as_grad
 from torchdeq.grad.reversible import Reversible
+from torchdeq.grad.shine import SHINE
 from torchdeq.grad.truncated_cycle import TruncatedCycle
 from torchdeq.grad.unroll import Unroll
 
@@ -18,6 +19,7 @@ __all__ = [
     "GRADS",
     "IFT",
     "JFB",
+    "SHINE",
     "GradFunctor",
     "GradMethod",
     "NeumannPhantom",

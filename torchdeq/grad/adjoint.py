@@ -20,7 +20,12 @@ from torchdeq.solver.together import Whole, spread, warn_of_coupling
 
 
 def solve_adjoint(
-    vjp: Map, g: Tensor, solver: SolverLoop, layout: Layout | None = None
+    vjp: Map,
+    g: Tensor,
+    solver: SolverLoop,
+    layout: Layout | None = None,
+    *,
+    preconditioner: Map | None = None,
 ) -> tuple[Tensor, Solution]:
     """Solve u = Jᵀ u + g.
 
@@ -33,6 +38,7 @@ def solve_adjoint(
         g: the cotangent, (B, D).
         solver: any solver; its `tol` is relative to ‖g‖.
         layout: which leaves the D numbers belong to, for a solver with norm='max'; None if that is not known.
+        preconditioner: a linear map near (I − Jᵀ)⁻¹, (B, D) -> (B, D), for a Krylov solver. The solution is the same.
 
     Returns:
         u (B, D), and the `Solution`, whose residuals are ‖g − (I − Jᵀ) u‖ / ‖g‖ per sample.
@@ -49,22 +55,33 @@ def solve_adjoint(
     def linear(u: Tensor) -> Tensor:
         return vjp(u * weight) / weight
 
-    solution = solver.run(AffineMap(linear, unit), layout=layout, together=False)
+    def precondition(p: Tensor) -> Tensor:
+        assert preconditioner is not None
+        return preconditioner(p * weight) / weight
+
+    system = AffineMap(linear, unit, None if preconditioner is None else precondition)
+    solution = solver.run(system, layout=layout, together=False)
     if g.shape[0] > 1 and not bool(solution.converged.all()) and couples_samples(linear, unit):
-        solution, u = _solve_together(vjp, g, solver, layout, spent=solution.nfe + 2)
+        solution, u = _solve_together(vjp, g, solver, layout, solution.nfe + 2, preconditioner)
         return u, solution
     return solution.z * size, solution
 
 
 def _solve_together(
-    vjp: Map, g: Tensor, solver: SolverLoop, layout: Layout | None, spent: int
+    vjp: Map,
+    g: Tensor,
+    solver: SolverLoop,
+    layout: Layout | None,
+    spent: int,
+    preconditioner: Map | None,
 ) -> tuple[Solution, Tensor]:
     """The system with the batch as one sample; residuals relative to the norm of the whole g."""
     warn_of_coupling("the adjoint solve of a backward pass")
     one = Whole(g.shape, layout)
     size = _norm(one.joined(g))
     size = torch.where(size != 0, size, 1.0)[:, None]
-    system = AffineMap(one.seen(vjp), one.joined(g) / size)
+    precondition = None if preconditioner is None else one.seen(preconditioner)
+    system = AffineMap(one.seen(vjp), one.joined(g) / size, precondition)
     solution = solver.run(system, layout=one.layout, together=False)
     u = one.divided(solution.z * size)
     return dataclasses.replace(spread(solution, u), nfe=solution.nfe + spent), u

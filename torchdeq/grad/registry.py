@@ -12,6 +12,7 @@ from torchdeq.grad.jfb import JFB
 from torchdeq.grad.neumann_phantom import NeumannPhantom
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.reversible import Reversible
+from torchdeq.grad.shine import SHINE
 from torchdeq.grad.truncated_cycle import TruncatedCycle
 from torchdeq.grad.unroll import Unroll
 
@@ -21,6 +22,7 @@ GRADS: dict[str, Callable[..., GradMethod]] = {
     "phantom": PhantomGrad,
     "phantom_neumann": NeumannPhantom,
     "jfb": JFB,
+    "shine": SHINE,
     "reversible": Reversible,
     "unroll": Unroll,
     "truncated_cycle": TruncatedCycle,

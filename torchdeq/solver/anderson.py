@@ -88,13 +88,9 @@ class Anderson(SecantSolver):
         row, column = (products.yy, products.yy) if self.type == 2 else (products.ys, products.sy)
         return row[:, None], column[:, None]
 
-    def system(
-        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: None
-    ) -> tuple[Tensor, Tensor, None]:
+    def model(self, k: Tensor, more: None) -> tuple[Tensor, bool]:
         """(Y Yᵀ + λ I) γ = Y r, or S Yᵀ γ = S r."""
-        if self.type == 1:
-            return k[:, 0], products.sr, None
-        return regularised(k[:, 0], self.lam), products.yr, None
+        return (k[:, 0], False) if self.type == 1 else (regularised(k[:, 0], self.lam), True)
 
 
 def regularised(gram: Tensor, lam: float | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from torchdeq._replay import AutocastState
 from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
 from torchdeq.solution import Reporter, Solution, Status, StopMode
 from torchdeq.solver.coupling import is_random, mixes_samples
+from torchdeq.solver.learned import Estimate, Learned
 from torchdeq.solver.maps import AffineMap, Tally
 from torchdeq.solver.together import solve_together
 from torchdeq.solver.watch import Iterate, Watch, leaf_max, relative
@@ -62,6 +63,8 @@ class SolverLoop:
     separate: ClassVar[bool] = True
     #: How often a sample may meet a non-finite value of f and try again by `rescue`.
     recovers: ClassVar[int] = 0
+    #: Whether the solver has an `estimate` of (I − J)⁻¹ when it is done.
+    learns: ClassVar[bool] = False
 
     # What a method supplies ---------------------------------------------------------------------------
 
@@ -80,6 +83,10 @@ class SolverLoop:
         raise NotImplementedError(
             f"{type(self).__name__} has recovers={self.recovers} and must define rescue"
         )
+
+    def estimate(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> Estimate:
+        """What the solver knows of (I − J)⁻¹ after the evaluation fz of z, if it `learns`. May change the state."""
+        raise NotImplementedError(f"{type(self).__name__} has learns={self.learns} and must define estimate")
 
     def replace(self, **options: Any) -> Self:
         """The same solver under other options."""
@@ -138,6 +145,32 @@ class SolverLoop:
             together: solve again with the batch as one sample if the solve fell short and f turns out to couple the
                 samples.
         """
+        return self._run(f, z0, record, layout, together, None)
+
+    @torch.no_grad()
+    def solve_and_learn(self, f: Map, z0: Tensor, *, record: Sequence[int] = ()) -> tuple[Solution, Learned]:
+        """`run`, and what the solve has learned of (I − J)⁻¹. That is as large as the history of the solver.
+
+        Raises:
+            TypeError: this solver learns nothing of the kind.
+        """
+        if not self.learns:
+            raise TypeError(
+                f"an estimate of (I − J)⁻¹ was asked of {self!r}, which makes none. Solvers that do are Broyden(), "
+                f"Multisecant(), Anderson(), and a Fallback that begins with one of these."
+            )
+        learned = Learned()
+        return self._run(f, z0, record, None, True, learned), learned
+
+    def _run(
+        self,
+        f: Map,
+        z0: Tensor | None,
+        record: Sequence[int],
+        layout: Layout | None,
+        together: bool,
+        learned: Learned | None,
+    ) -> Solution:
         record = checked_record(record, self.max_iter)
         if self.compact and isinstance(f, AffineMap):
             raise ValueError(
@@ -146,6 +179,7 @@ class SolverLoop:
             )
         start = start_of(f) if z0 is None else z0
         tally = Tally(f, AutocastState.capture(start.device), self.max_iter, layout or layout_of_map(f))
+        tally.learned = learned
         with tally.amp.off():
             solution = self._loop(tally, z0, record)
             if together and self.separate and self._suspects(solution):
@@ -209,7 +243,10 @@ class SolverLoop:
             sizes.append((now.size, now.scale))
             watch.see(now, k)
             states |= {r: watch.best.z for r in wanted if r <= k and r not in states}
-            if watch.done or k >= f.limit:
+            over = watch.done or k >= f.limit
+            if f.learned is not None:
+                f.learned.look(self, f, z, fz, state, watch, over)
+            if over:
                 break
             if watch.struck is not None:
                 z, fz, state = self.rescue(z, fz, state, watch.struck, watch.strikes)
@@ -292,6 +329,7 @@ class SolverLoop:
     ) -> Solution:
         """Go on with the samples `rows`, which still take part, and put the batch together again afterwards."""
         few = f.select(rows)
+        few.learned = None if f.learned is None else Learned()
         try:
             image = few(z[rows])  # does f give these samples what it gave them among the others?
         except Exception as error:
@@ -322,6 +360,8 @@ class SolverLoop:
             return done
         rest = self._iterate(few, z_next, state, wanted, watch.rows(rows))
         f.calls = few.calls
+        if f.learned is not None and few.learned is not None:
+            f.learned.take(few.learned, rows)
         return _with_rows(done, rest, rows)
 
     def _watched(

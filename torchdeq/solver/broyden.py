@@ -79,11 +79,9 @@ class Broyden(SecantSolver):
             return products.us[:, None], products.sy[:, None]
         return torch.zeros_like(products.yy)[:, None], products.yy[:, None]
 
-    def system(
-        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: Any
-    ) -> tuple[Tensor, Tensor, Any]:
+    def model(self, k: Tensor, more: Any) -> tuple[Tensor, bool]:
         """K γ = S r, or Y r."""
-        return k[:, 0], products.sr if self.kind == "good" else products.yr, more
+        return k[:, 0], self.kind == "bad"
 
     def begin(self, z: Tensor) -> Trial | None:
         """The line search has not tried anything."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchdeq.solution import Solution
 from torchdeq.solver.affine import AffineSolver
 from torchdeq.solver.base import Solver, SolverLoop, start_of
+from torchdeq.solver.learned import Learned
 from torchdeq.solver.maps import AffineMap, Tally
 
 _FROM_FIRST = ("tol", "stop_mode", "norm", "min_iter", "patience", "check_every", "compact")
@@ -85,9 +86,15 @@ class Fallback(Solver):
         options = [f"{name}={value!r}" for name, value in self._given().items()]
         return f"Fallback({', '.join([*map(repr, self.solvers), *options])})"
 
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        """Whether the first does, which sees all samples. What a later one learns counts for those that it solves."""
+        return self.solvers[0].learns
+
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         z, limit = (start_of(f.f) if z0 is None else z0), f.limit
         solution: Solution | None = None
+        learned = f.learned
         for solver in self.solvers:
             if isinstance(solver, AffineSolver) and not isinstance(f.f, AffineMap):
                 raise TypeError(
@@ -95,12 +102,16 @@ class Fallback(Solver):
                 )
             before = f.calls
             f.limit = min(limit, before + solver.max_iter)
+            f.learned = Learned() if learned is not None and solver.learns else None
             part = self._one(solver)._loop(f, z, [r for r in record if r > before])
+            if learned is not None and f.learned is not None:
+                done = torch.zeros_like(part.converged) if solution is None else solution.converged
+                learned.take_but(f.learned, done)
             solution = part if solution is None else _joined(solution, part, record, before)
             z = solution.z
             if (bool(solution.converged.all()) and not self.return_final) or f.calls >= limit:
                 break
-        f.limit = limit
+        f.limit, f.learned = limit, learned
         assert solution is not None
         return solution
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchdeq._replay import AutocastState
 from torchdeq._state import Layout, Map, select_rows
+
+if TYPE_CHECKING:
+    from torchdeq.solver.learned import Learned
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,7 @@ class Tally:
         self.limit = limit
         self.layout = layout
         self.calls = 0
+        self.learned: Learned | None = None  # what the solve learns of (I − J)⁻¹, if that is wanted
 
     def __call__(self, z: Tensor) -> Tensor:
         self.calls += 1

@@ -73,14 +73,15 @@ class Multisecant(SecantSolver):
         """Steps since the residual last grew, (B,); −1 before the first."""
         return torch.full_like(z[:, 0] if z.shape[1] else z.sum(1), -1.0)
 
-    def system(
-        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Anderson's for a sample that is calm, Broyden's for one that is not."""
+    def notice(self, size: Tensor, before: Tensor, more: Tensor) -> Tensor:
+        """One step more, unless the residual has grown; at once many, if the first has brought it down far."""
         strong = (more < 0) & (size <= _STRONG * before)
-        more = (more + 1).masked_fill(strong, _CAUTION).masked_fill(size > before, 0.0)
-        calm = (more >= _CAUTION)[:, None]
+        return (more + 1).masked_fill(strong, _CAUTION).masked_fill(size > before, 0.0)
+
+    def model(self, k: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        """Anderson's for a sample that is calm, Broyden's for one that is not."""
+        calm = more >= _CAUTION
         gram, good = k.unbind(1)
-        k = torch.where(calm[:, :, None], gram, good)
-        k.diagonal(dim1=1, dim2=2).add_(calm, alpha=default_lam(k.dtype))
-        return k, torch.where(calm, products.yr, products.sr), more
+        k = torch.where(calm[:, None, None], gram, good)
+        k.diagonal(dim1=1, dim2=2).add_(calm[:, None], alpha=default_lam(k.dtype))
+        return k, calm

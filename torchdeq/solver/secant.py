@@ -58,17 +58,50 @@ class Products(NamedTuple):
     us: Tensor  # U s
 
 
+class SecantEstimate(NamedTuple):
+    """H = I − (S + Y)ᵀ K⁻¹ V of some samples, n differences each: the matrix of the steps z + H r.
+
+    The damping τ is not in it. It belongs to the steps, and not to what they have taught.
+    """
+
+    y: Tensor  # (B, n, D), Y, and zeros for alignment
+    u: Tensor  # (B, n, D), likewise S + τ Y
+    k: Tensor  # (B, n, n), K
+    use: Tensor  # (B, n), 1 for the differences that count and 0 for the others
+    of_y: Tensor  # (B,), 1 where V is Y, and 0 where it is S
+    tau: Tensor  # (B,)
+
+    def times(self, r: Tensor, *, transposed: bool) -> Tensor:
+        """H r, or Hᵀ r = r − Vᵀ K⁻ᵀ (S + Y) r, (B, D)."""
+        size, one = r.shape[1], torch.ones_like(self.tau)
+        wide = torch.nn.functional.pad(r, (0, self.y.shape[2] - size))[:, None]
+        ur, yr = torch.bmm(wide, self.u.mT)[:, 0], torch.bmm(wide, self.y.mT)[:, 0]  # (B, n)
+        # Both in parts of U and of Y, S being U − τ Y.
+        v = (one - self.of_y)[:, None], (self.of_y - self.tau * (1 - self.of_y))[:, None]
+        sum_ = one[:, None], (one - self.tau)[:, None]
+        right, left = (sum_, v) if transposed else (v, sum_)
+        b = (right[0] * ur + right[1] * yr) * self.use
+        gamma = solve_small(self.k.mT if transposed else self.k, b) * self.use
+        u_part, y_part = (left[0] * gamma)[:, None], (left[1] * gamma)[:, None]
+        return r - (torch.bmm(u_part, self.u) + torch.bmm(y_part, self.y))[:, 0, :size]
+
+    def select(self, rows: Tensor) -> SecantEstimate:
+        """That of some of the samples."""
+        return SecantEstimate(*(t[rows] for t in self))
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SecantSolver(Solver):
     """The histories, their order, the small system, and the safeguards.
 
-    A method supplies `depth` (c), `entries` (the row and the column of K for a new pair) and `system`.
+    A method supplies `depth` (c), `entries` (the row and the column of K for a new pair) and `model` (K and V).
 
     A sample whose f is not finite goes back to the iterate before and makes a Picard step of half the length from
     there, with an empty history; three times at most in a solve.
     """
 
     recovers: ClassVar[int] = 3
+    learns: ClassVar[bool] = True
     #: How many matrices K a method keeps.
     matrices: ClassVar[int] = 1
     #: Whether K or V needs s.
@@ -87,19 +120,18 @@ class SecantSolver(Solver):
         """K's row and column for the newest pair, (B, matrices, n) each. Where they meet the column counts."""
         raise NotImplementedError
 
-    def system(
-        self, k: Tensor, products: Products, size: Tensor, before: Tensor, more: Any
-    ) -> tuple[Tensor, Tensor, Any]:
-        """K (B, n, n) and V r (B, n) for this step, and what the method remembers besides.
+    def model(self, k: Tensor, more: Any) -> tuple[Tensor, Tensor | bool]:
+        """K (B, n, n) of this step, and whether V is Y, the same for all or per sample (B,). Otherwise it is S.
 
         Arguments:
             k: all matrices, (B, matrices, n, n).
-            products: see `Products`.
-            size: (B,), the norm of the residual.
-            before: (B,), that of the residual before it.
-            more: what the method remembered.
+            more: what the method remembers besides.
         """
         raise NotImplementedError
+
+    def notice(self, size: Tensor, before: Tensor, more: Any) -> Any:
+        """What the method remembers besides, after the norm of the residual has gone from `before` to `size` (B,)."""
+        return more
 
     def begin(self, z: Tensor) -> Any:
         """What the method remembers besides."""
@@ -146,7 +178,12 @@ class SecantSolver(Solver):
         state.k[:, :, slot, :n] = row
         state.k[:, :, :n, slot] = column
         state.k[:, :, slot, slot] = corner
-        k, b, more = self.system(state.k[:, :, :n, :n], products, size, state.size, state.more)
+        more = self.notice(size, state.size, state.more)
+        k, of_y = self.model(state.k[:, :, :n, :n], more)
+        if isinstance(of_y, Tensor):
+            b = torch.where(of_y[:, None], products.yr, products.sr)
+        else:
+            b = products.yr if of_y else products.sr
         if state.valid is not None:
             state.valid[:, slot] = True
             if self.growth < math.inf:
@@ -154,11 +191,26 @@ class SecantSolver(Solver):
                 state.valid.masked_fill_(grew, False)
                 step = torch.where(grew, torch.add(z, r, alpha=self.tau / 2), step)
             valid = state.valid[:, :n]
-            eye = torch.eye(n, dtype=z.dtype, device=z.device)
-            k, b = torch.where(valid[:, :, None] & valid[:, None], k, eye), torch.where(valid, b, 0.0)
+            k, b = _of_valid(k, valid), torch.where(valid, b, 0.0)
         gamma = solve_small(k, b)
         z_next = step - torch.bmm(gamma[:, None], state.u[:, :n])[:, 0, :d]
         return z_next, state._replace(z=z, r=r, size=size, more=more, pairs=state.pairs + 1)
+
+    def estimate(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> SecantEstimate:
+        """See `SolverLoop.estimate`. The last difference counts too, as if another step were made."""
+        finite = fz.isfinite().all(dim=1)
+        here = finite[:, None]
+        none = torch.zeros_like(finite, dtype=torch.int64)
+        skip = (none if state.skip is None else state.skip).maximum((~finite).to(torch.int64))
+        z, fz = torch.where(here, z, state.z), torch.where(here, fz, state.z + state.r)
+        _, state = SecantSolver.step(self, f, z, fz, state._replace(skip=skip))
+        n = min(state.pairs, state.k.shape[2])
+        k, of_y = self.model(state.k[:, :, :n, :n], state.more)
+        one = z.new_ones(len(z))
+        use = z.new_ones(len(z), n)
+        if state.valid is not None:
+            k, use = _of_valid(k, state.valid[:, :n]), use * state.valid[:, :n]
+        return SecantEstimate(state.y[:, :n], state.u[:, :n], k, use, one * of_y, one * self.tau)
 
     def _products(self, ys: Tensor, us: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Products:
         new = torch.stack((y, r, s) if self.needs_s else (y, r), dim=1)
@@ -188,6 +240,12 @@ class SecantSolver(Solver):
         skip = spoilt if state.skip is None else torch.maximum(state.skip, spoilt)
         state = state._replace(valid=valid & ~back, skip=skip)
         return torch.where(back, state.z, z), torch.where(back, halved, fz), state
+
+
+def _of_valid(k: Tensor, valid: Tensor) -> Tensor:
+    """K (B, n, n), in which the differences that do not count (B, n) are apart from the others."""
+    eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+    return torch.where(valid[:, :, None] & valid[:, None], k, eye)
 
 
 def solve_small(k: Tensor, b: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchdeq._state import Layout, Map
 from torchdeq.solution import CouplingWarning, Solution, callers_level
+from torchdeq.solver.learned import Learned
 from torchdeq.solver.maps import AffineMap, Tally
 
 if TYPE_CHECKING:
@@ -33,11 +34,14 @@ def solve_together(solver: SolverLoop, f: Tally, short: Solution) -> Solution:
     one = Whole(short.z.shape, f.layout)
     whole = Tally(one.seen(f.f), f.amp, f.calls + solver.max_iter, one.layout)
     whole.calls = f.calls
+    whole.learned = None if f.learned is None else Learned()
     solution = solver._loop(whole, one.joined(short.z), ())
     f.calls = solution.nfe
     total = torch.linalg.vector_norm(short.abs_residual.double())
     if not bool(solution.converged.all()) and bool(total <= solution.abs_residual.double()):
         return dataclasses.replace(short, nfe=solution.nfe, coupled=True)
+    if f.learned is not None and whole.learned is not None:
+        f.learned.become(whole.learned, one)
     return dataclasses.replace(spread(solution, one.divided(solution.z)), states=short.states)
 
 
