@@ -433,6 +433,38 @@ def test_a_backward_hook_on_a_module_inside_f_sees_each_product_and_last_the_gra
 
 
 @EVERY
+def test_hooks_on_the_output_see_and_change_the_incoming_cotangent(method):
+    f = Net()
+    g = cotangent(f.x)
+    z, _ = DEQ(TIGHT, method)(f, f.z0)
+    z.retain_grad()
+    seen = []
+    z.register_hook(lambda t: seen.append(t.clone()))
+    z.register_hook(lambda t: 3 * t)
+    z.backward(g)
+    assert torch.equal(seen[0], g), "not the solution of the adjoint system"
+    assert torch.equal(z.grad, 3 * g)
+    assert error(grads(f), [3 * t for t in exact(method, f, f.z0, g, f.wanted)]) < CLOSE
+
+
+@IMPLICIT
+def test_a_jacobian_row_by_row(method):
+    """(I − J)⁻¹ ∂f/∂x. Rows at once, by is_grads_batched, cannot be solved for: that is torch's error."""
+    f = Net(n=3, batch=2)
+    x = f.x.detach()
+    deq = DEQ(TIGHT, method)
+    run = lambda x: deq(lambda z: torch.tanh(f.layer(z) + x), f.z0)[0]  # noqa: E731
+    got = torch.autograd.functional.jacobian(run, x).reshape(6, 6)
+    z = solve_exactly(f, f.z0)
+    j = torch.autograd.functional.jacobian(f, z).reshape(6, 6)
+    slope = torch.diag(1 - f(z).detach().reshape(-1) ** 2)
+    assert error([got], [torch.linalg.solve(torch.eye(6, dtype=F64) - j, slope)]) < CLOSE
+    out = run(f.x)
+    with pytest.raises(RuntimeError, match="[Bb]atch"):
+        torch.autograd.grad(out, f.x, torch.stack([out.detach()] * 2), is_grads_batched=True)
+
+
+@EVERY
 @pytest.mark.parametrize("kind", ["save_on_cpu", "custom"])
 def test_saved_tensor_hooks_around_the_forward_pass(method, kind):
     f = Net()
