@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from torchdeq import Multisecant
+from torchdeq import GRADS, Multisecant, as_grad
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("peers", "problems", "record", "report", "solvers")
+MODULES = ("memory", "peers", "problems", "record", "report", "solvers")
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,34 @@ def test_a_missing_peer_is_named(bench: ModuleType, tmp_path: Path, monkeypatch:
     found = peers.find_peers([tmp_path / "absent.whl"], 1e-5)
     assert [reason.split(":")[0] for reason in found.missing[:2]] == ["torchdeq 0.1.0", "jaxopt"]
     assert not [method for method in found.forward if method.name.startswith(("0.1.0", "jaxopt"))]
+
+
+@pytest.fixture
+def memory(bench: ModuleType) -> ModuleType:
+    """benchmarks/memory.py, beside the others."""
+    return importlib.import_module("memory")
+
+
+def test_a_quick_run_measures_the_memory_of_every_method(memory: ModuleType, tmp_path: Path):
+    memory.main(["--quick", "--out", str(tmp_path)])
+    text = (tmp_path / "memory.md").read_text(encoding="utf-8")
+    for method, _ in memory.METHODS:
+        assert f"| `{method!r}` " in text
+    assert {type(method) for method, _ in memory.METHODS} == {type(as_grad(name)) for name in GRADS}
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+def test_the_allocator_is_read_right(memory: ModuleType):
+    problem = memory.Problem.make(batch=32, n=64)
+    state, weights = 4 * 32 * 64, 4 * 64 * 64
+    method, kind = memory.METHODS[[repr(m) for m, _ in memory.METHODS].index("Unroll()")]
+    few, many = (memory.measure(problem, method, kind(max_iter=k, tol=0.0, patience=0)) for k in (5, 15))
+    # An evaluation more holds its product with W, or the sum with x, and its image: no less than one state, and no
+    # more than two and a few numbers per sample.
+    assert 10 * state <= many.held - few.held <= 10 * (2 * state + 64 * 32)
+    assert many.saved <= many.held + 2 * state
+    assert many.held <= many.forward
+    assert many.backward >= many.held + weights
+    method, kind = memory.METHODS[0]
+    few, many = (memory.measure(problem, method, kind(max_iter=k, tol=0.0, patience=0)) for k in (5, 15))
+    assert many.held - few.held <= 10 * 64 * 32  # traces

@@ -2,6 +2,7 @@
 
 from torchdeq.diagnostics.check import check_fixed_point
 from torchdeq.diagnostics.compare import Candidate, compare_gradients, default_candidates
+from torchdeq.diagnostics.memory import SavedBytes
 from torchdeq.diagnostics.report import Finding, FixedPointReport
 from torchdeq.diagnostics.spectral import spectral_radius
 from torchdeq.diagnostics.table import Comparison, Row
@@ -12,6 +13,7 @@ __all__ = [
     "Finding",
     "FixedPointReport",
     "Row",
+    "SavedBytes",
     "check_fixed_point",
     "compare_gradients",
     "default_candidates",

@@ -15,7 +15,7 @@ class SavedBytes:
     """Counts the bytes of the storages that autograd saves while the context is open.
 
     A storage that is saved twice, or through several views, counts once; it counts until the last graph that
-    saved it is freed.
+    saved it is freed. What a checkpoint evaluates again in a backward pass has hooks of its own and does not count.
 
     Arguments:
         ignore: tensors whose storages do not count, such as parameters: they exist anyway.
