@@ -28,6 +28,8 @@ from torchdeq import (
     NeumannPhantom,
     PhantomGrad,
     Status,
+    as_grad,
+    backward_factory,
 )
 from torchdeq.diagnostics.memory import SavedBytes
 
@@ -279,3 +281,22 @@ def test_wrong_options_teach(terms):
         NeumannPhantom(terms=terms)
     with pytest.raises(ValueError, match="tau must lie"):
         NeumannPhantom(tau=2.0)
+
+
+def test_goes_by_its_name_with_its_options_and_the_writer_gets_the_certificate():
+    assert as_grad("phantom_neumann", terms=3, tau=0.5) == NeumannPhantom(terms=3, tau=0.5)
+    f, stats = TanhMap.make(n=6, batch=2), []
+    functor = backward_factory("phantom_neumann", terms=3, tau=0.5)
+    assert functor.method == NeumannPhantom(terms=3, tau=0.5)
+    (out,) = functor(None, f, f.z0, writer=stats.append)
+    g = cotangent(f.x)
+    want = torch.autograd.grad(f(f.z0), f.wanted, series(f, f.z0, g, 3, 0.5))
+    assert error(torch.autograd.grad(out, f.wanted, g), want) < 1e-13
+    assert len(stats) == 1
+    assert stats[0]["abs_lowest"].shape == (2,)
+    with pytest.raises(TypeError, match="has no solver of an adjoint system, got b_solver='gmres'"):
+        backward_factory("phantom_neumann", b_solver="gmres")
+    with pytest.raises(TypeError, match="JFB has no option 'tau'"):
+        backward_factory("jfb", tau=0.5)
+    with pytest.warns(UserWarning, match="ignores the keyword 'term'. Did you mean 'terms'"):
+        backward_factory("phantom_neumann", term=3)
