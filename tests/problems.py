@@ -106,7 +106,9 @@ def exact_gradient(
 
 def error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """The largest relative error, in the Euclidean norm, over the tensors."""
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in zip(got, want, strict=True))
+    return max(
+        float(((a - b).norm() / b.norm().clamp_min(1e-300)).detach()) for a, b in zip(got, want, strict=True)
+    )
 
 
 def cotangent(z: Tensor, seed: int = 7) -> Tensor:

@@ -199,6 +199,19 @@ class FlatMap:
         self.checked = False
 
     def __call__(self, z: Tensor) -> Tensor:
+        fz = self.dual(z)
+        # Outside a dual level, the usual case, this is one comparison.
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(fz).tangent is not None:
+            raise RuntimeError(
+                "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) were asked where they "
+                "would be wrong: what a tangent carried through the steps of a solve, or through some of them, would "
+                "give is not the tangent of the solution. Use DEQ(grad=IFT()) or torchdeq.fixed_point, whose tangents "
+                "are exact; or backward() and torch.autograd.grad."
+            )
+        return fz
+
+    def dual(self, z: Tensor) -> Tensor:
+        """f(z), which may have a tangent, for those who know what to do with it."""
         # Inference tensors count no versions; there the first call is compared by value.
         before = None if z.is_inference() else z._version
         kept = z.clone() if before is None and not self.checked else None
@@ -208,13 +221,6 @@ class FlatMap:
             raise RuntimeError(
                 "f changed its argument in place (an operation such as z.add_, z += … or z[…] = …). A "
                 "solver keeps its iterates, so f must return a new tensor: write z = z + … instead."
-            )
-        # Outside a dual level, the usual case, this is one comparison.
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(fz).tangent is not None:
-            raise RuntimeError(
-                "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) were asked of a "
-                "fixed-point solve, which gives reverse-mode derivatives only: what a tangent carried through its "
-                "steps would give is not the tangent of the solution. Use backward() or torch.autograd.grad."
             )
         return fz
 
@@ -253,6 +259,11 @@ def takes_rows(f: Callable[..., Any]) -> bool:
 def select_rows(f: Map, rows: Tensor) -> Map:
     """f, a map (B, D) -> (B, D), for some of its samples. A bare map is taken to be the same for all."""
     return f.select(rows) if isinstance(f, FlatMap) else f
+
+
+def with_tangents(f: Map) -> Map:
+    """f, which may return dual tensors in forward-mode differentiation, where a `FlatMap` would raise."""
+    return f.dual if isinstance(f, FlatMap) else f
 
 
 def per_sample(z: Tensor) -> Tensor:

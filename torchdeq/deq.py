@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchdeq._held import hold, release
 from torchdeq._method import Method
+from torchdeq._modes import in_dual_level
 from torchdeq._state import Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
@@ -223,7 +224,7 @@ def solve_and_attach(
     held = hold(map_, modules, noise=start.device if hold_noise else None)
     ours = held is not map_  # else there is nothing to hold, or our caller holds it for more than one solve
     flat = flatten_map(dataclasses.replace(f, linear=held) if isinstance(f, AffineMap) else held, layout)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or in_dual_level():
         last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
         if ours:
             release(held)  # what stays is the update at the solution, not one at a recorded state

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdeq._method import Method
+from torchdeq._modes import without_tangents
 from torchdeq._state import Map
 from torchdeq.solution import Solution
 from torchdeq.solver.base import SolverLoop
@@ -68,6 +69,6 @@ class GradMethod(Method):
         Returns:
             What `attach` returns, and the `Solution` of the forward solve on the flat state.
         """
-        with torch.no_grad():
+        with torch.no_grad(), without_tangents():
             solution = solver.run(f, z0, record=record)
         return self.attach(f, solution.z, on_backward=on_backward), solution

@@ -1,0 +1,56 @@
+"""Which of PyTorch's ways to differentiate are at work: forward-mode duals, and the transforms of torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def in_dual_level() -> bool:
+    """Whether tensors may carry tangents. Outside of `forward_ad.dual_level`, the usual case, one comparison."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def split_dual(z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The primal and the tangent of z, None if there is none."""
+    if not in_dual_level():
+        return z, None
+    primal, tangent = forward_ad.unpack_dual(z)
+    return primal, tangent
+
+
+def join_dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
+    """The dual tensor of both; the primal itself if there is no tangent."""
+    if tangent is None:
+        return primal
+    dual: Tensor = forward_ad.make_dual(primal, tangent)
+    return dual
+
+
+def without_tangents() -> AbstractContextManager[Any]:
+    """A context in which operations carry no tangents along: for a solve, whose steps are not to be differentiated."""
+    return forward_ad._set_fwd_grad_enabled(False)
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap) is at work."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def refuse_transforms(what: Callable[[], str]) -> None:
+    """Raise if a transform of torch.func is at work, and name the function that allows them.
+
+    Arguments:
+        what: makes the name of what cannot be transformed.
+    """
+    if in_transform():
+        raise RuntimeError(
+            f"{what()} reaches what f depends on through what f closes over, which a transform of torch.func (grad, "
+            f"vjp, jvp, jacrev, jacfwd, hessian, vmap) cannot follow. Use torchdeq.fixed_point(f, z0, *theta), which "
+            f"takes it as arguments and works under all of them; or torch.autograd.grad and backward()."
+        )
