@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.problems import F64, TanhMap, cotangent, error, exact_gradient
 from torchdeq import DEQ, Anderson, FixedPointIteration, Reversible, SimpleFixedPointIteration, Status, Unroll
+from torchdeq.grad.reversible import Tape
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchdeq.ConvergenceWarning")  # budgets are fixed here
 
@@ -173,6 +174,30 @@ def test_a_sample_that_overflows_goes_back_to_the_start_and_spoils_nothing():
     assert error(got, torch.autograd.grad(alone.sum(), (w, x))) < 1e-12
 
 
+def test_a_sample_at_rest_that_its_neighbour_pushes_goes_on_and_is_rebuilt(monkeypatch):
+    """Against the same loop with its graph kept. The first sample is at rest until the second has gone past 3."""
+    x = torch.ones(2, 1, dtype=F64, requires_grad=True)
+
+    def f(z):
+        push = torch.relu(z[1:] - 3)
+        return torch.cat([torch.sin(push * x[:1]) + 0.5 * z[:1] * x[:1], 0.8 * z[1:] * x[1:] + 1])
+
+    deq = DEQ(FixedPointIteration(max_iter=37, tol=1e-2), Reversible())
+    z, solution = deq(f, torch.zeros(2, 1, dtype=F64))
+    assert solution.coupled
+    assert solution.nstep[0] > 20
+    got = torch.autograd.grad(z.sum(), x)
+    monkeypatch.setattr(Tape, "evaluate", plain_evaluation)
+    kept, same = deq(f, torch.zeros(2, 1, dtype=F64))
+    assert torch.equal(solution.nstep, same.nstep)
+    assert error(got, torch.autograd.grad(kept.sum(), x)) < 1e-6  # 36 evaluations undone: 2³⁶ ε is 2e-5
+
+
+def plain_evaluation(tape, z):
+    tape.tally.calls += 1
+    return tape.f(z)
+
+
 @pytest.mark.parametrize("options", [{}, {"stop_mode": "rel"}, {"min_iter": 20}, {"return_final": True}])
 def test_the_account_is_honest_and_the_stopping_rules_hold(options):
     f = TanhMap.make(gain=0.5)
@@ -268,6 +293,22 @@ def test_any_structure_of_the_state_goes():
     want = program(f, f.z0, 4)
     got = torch.autograd.grad(z["a"].sum() + z["b"].real.sum(), f.wanted)
     assert error(got, torch.autograd.grad(want[:, :4].sum(), f.wanted)) < 1e-12
+
+
+def test_a_map_that_differentiates_goes():
+    """Its own derivative asks for what the checkpoint has dropped, before the forward pass is over."""
+    f = TanhMap.make(n=8)
+
+    def descent(z):
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            energy = torch.log(torch.cosh(z @ f.w.T + f.x)).sum() + z.square().sum() / 2
+            return z - 0.3 * torch.autograd.grad(energy, z, create_graph=True)[0]
+
+    g = cotangent(f.x)
+    z, _ = reversible(5)(descent, f.z0)
+    want = torch.autograd.grad(program(descent, f.z0, 5), f.wanted, g)
+    assert error(torch.autograd.grad(z, f.wanted, g), want) < 1e-12
 
 
 def test_a_map_without_parameters_gives_a_state_without_a_graph():

@@ -16,6 +16,7 @@ differentiated. Hooks, DDP, `torch.autograd.grad` and inputs that are not leaves
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class Reversible(GradMethod):
 
     Memory: five states, the graph of one evaluation of f, and the graph's nodes of the others without their tensors
     (and a few booleans per sample and step, once some samples rest). Cost of a backward pass: one call of f and one
-    vector–Jacobian product for each evaluation of the forward pass, no more.
+    vector–Jacobian product for each evaluation of the forward pass, no more. (An f that itself differentiates is called
+    once more for each in the forward pass, by its own derivative.)
 
     The derivative is that of the iteration, not of its fixed point. Where f is affine with ‖J‖ ≤ γ < 1, and β < 1, the
     gradient of z_N is Bᵀ û with ‖û − u‖ ≤ q^N ‖u‖, q = 1 − β (1 − γ), B = ∂f/∂θ and u the exact adjoint; in general
@@ -189,16 +191,17 @@ class Tape:
 
     def evaluate(self, z: Tensor) -> Tensor:
         """f(z), (B, D), in the graph, as a checkpoint that keeps no state."""
-        now = [z.to(self.start.dtype)]  # emptied below: the checkpoint must not keep what it holds
+        now = [z.to(self.start.dtype)]
         self.wants.append(z.requires_grad)
         half, device = len(self.random), z.device
         random = RandomState.capture(device)
         self.tally.calls += 1
 
         def call(half: int) -> Tensor:
-            return self._call(now.pop()) if now else self._again(half)
+            return self._call(now[0]) if now else self._again(half)
 
         fz: Tensor = checkpoint(call, half, use_reentrant=False, preserve_rng_state=False)
+        now.clear()  # the checkpoint keeps this list. An f that differentiates is called again before it is done
         self.random.append(random if _drew(random) else None)
         return fz
 
@@ -330,7 +333,7 @@ def _iterate(method: Reversible, tape: Tape, solver: FixedPointIteration) -> tup
     final = now._replace(z=tape.end[1].to(start.dtype))
     nstep = watch.nstep.masked_fill(watch.active, tally.calls)
     solution = solver._solution(final, failed, nstep, tally.calls, sizes, [], stalled=watch.stalled)
-    return [fz], solution
+    return [fz], dataclasses.replace(solution, coupled=bool(watch.coupled))
 
 
 def _too_far(method: Reversible, evaluations: int, dtype: torch.dtype) -> str:
