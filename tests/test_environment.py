@@ -312,7 +312,7 @@ def test_an_input_from_inference_mode_is_right_or_torchs_own_error(method):
 
 
 @EVERY
-@pytest.mark.parametrize("context", [torch.no_grad])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_backward_pass_without_grad_mode(method, context):
     f = Net()
     g = cotangent(f.x)

@@ -546,6 +546,40 @@ def test_held_noise_under_a_checkpointed_solve(reentrant, hook):
     assert error([f.w.grad, f.x.grad], f.exact(f.masks[0], g)) < 1e-9
 
 
+def written_out(f, steps=200):
+    z = f.z0
+    for _ in range(steps):
+        z = f(z)
+    return z
+
+
+def second(z, x, wanted):
+    """Gradients of ⟨v, dL/dx⟩ for fixed cotangents."""
+    (gx,) = torch.autograd.grad((z * cotangent(z)).sum(), x, create_graph=True)
+    return torch.autograd.grad((gx * cotangent(x, 9)).sum(), wanted)
+
+
+def test_second_derivatives_see_the_same_mask_and_the_same_buffers():
+    """Against the derivatives of two hundred steps, written out, whose rate of convergence is below 0.6."""
+    f = Noisy()
+    torch.manual_seed(0)
+    z, _ = DEQ(TIGHT, IFT(solver=EXACT, order=2), hold_noise=True)(f, f.z0)
+    got = second(z, f.x, [f.w, f.x])
+    assert len(f.masks) > 20
+    assert all_equal(f.masks)
+    mask = f.masks[0]
+    plain = Noisy()
+    plain.w, plain.x, plain.drop = f.w, f.x, lambda ones: mask
+    assert error(got, second(written_out(plain), f.x, [f.w, f.x])) < 1e-9
+
+    block = Block()
+    plain = copy.deepcopy(block)
+    z, _ = DEQ(TIGHT, IFT(solver=EXACT, order=2), **ONE)(block, block.z0)
+    got = second(z, block.x, [block.w, block.x])
+    assert int(block.norm.num_batches_tracked) == 1
+    assert error(got, second(written_out(plain), plain.x, [plain.w, plain.x])) < 1e-9
+
+
 def test_held_noise_and_held_buffers_together():
     block = Block()
     drop = nn.Dropout(0.3)

@@ -52,7 +52,8 @@ class DEQ(nn.Module):
     running statistics, the vectors of spectral normalisation. What the last evaluation, at the solution, makes of
     them stays: one update for one call, as of any other layer. A backward pass changes none. Buffers of modules in
     eval mode, and those that f does not change, are left alone. A module that initialises itself at its first call
-    should have had that call before.
+    should have had that call before. With `torch.utils.checkpoint` inside f a backward pass evaluates it again out of
+    sight, and changes buffers as in any checkpointed module.
 
     With `hold_noise=True` each evaluation begins with the same state of torch's default random generators, that of
     the CPU and that of the state's device, and so does each evaluation in a backward pass. A call of the module moves

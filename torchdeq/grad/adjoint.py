@@ -61,9 +61,12 @@ def solve_adjoint(
 
     system = AffineMap(linear, unit, None if preconditioner is None else precondition)
     solution = solver.run(system, layout=layout, together=False)
-    if g.shape[0] > 1 and not bool(solution.converged.all()) and couples_samples(linear, unit):
-        solution, u = _solve_together(vjp, g, solver, layout, solution.nfe + 2, preconditioner)
-        return u, solution
+    if g.shape[0] > 1 and not bool(solution.converged.all()):
+        coupled = couples_samples(linear, unit)
+        solution = dataclasses.replace(solution, nfe=solution.nfe + 2)
+        if coupled:
+            solution, u = _solve_together(vjp, g, solver, layout, solution.nfe, preconditioner)
+            return u, solution
     return solution.z * size, solution
 
 

@@ -58,7 +58,8 @@ class Inverse:
             RuntimeError: f gave another value than before.
         """
         with without_tangents():
-            with torch.enable_grad(), self.amp.on(), self.random.again():
+            # A backward pass may be called for in inference mode, where nothing has a graph.
+            with torch.inference_mode(False), torch.enable_grad(), self.amp.on(), self.random.again():
                 at = z.detach().requires_grad_()
                 again = self.f(at)
             _check_same(fz, again, loose=self.amp.enabled)
