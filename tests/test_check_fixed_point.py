@@ -447,6 +447,38 @@ def test_an_f_that_is_not_finite_off_its_way_is_reported() -> None:
     assert "solve" in faults(report)
 
 
+@pytest.mark.parametrize("last", range(1, 50, 2))
+def test_an_f_that_fails_at_a_later_call_is_reported(last: int) -> None:
+    calls = []
+
+    def f(z: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > last:
+            raise RuntimeError("no more")
+        return good(z)
+
+    report = check_fixed_point(f, Z0)
+    assert any("RuntimeError: no more" in finding.text for finding in report.findings)
+
+
+def test_a_whole_examination_takes_some_tens_of_evaluations() -> None:
+    calls = []
+
+    def f(z: Tensor) -> Tensor:
+        calls.append(1)
+        return good(z)
+
+    assert check_fixed_point(f, Z0).ok
+    assert len(calls) <= 60
+
+
+def test_an_affine_map_is_a_map() -> None:
+    report = check_fixed_point(torchdeq.AffineMap(lambda z: z @ W.T, X), Z0)
+    assert faults(report) == []
+    assert report.radius is not None
+    assert report.radius.tolist() == pytest.approx([torch.linalg.eigvals(W).abs().max().item()] * BATCH)
+
+
 # States of every kind -----------------------------------------------------------------------------------
 
 

@@ -10,17 +10,14 @@ from typing import Any, Literal
 import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from torchdeq._held import hold, modules_of
 from torchdeq._replay import AutocastState, RandomState
 from torchdeq._state import FlatMap, Layout, Tree, layout_of, per_sample
-from torchdeq.diagnostics.inside import Held, Inside
-from torchdeq.diagnostics.leaves import leaves_of
-from torchdeq.diagnostics.probe import Probe, Subject, dot
+from torchdeq.diagnostics import derivatives
+from torchdeq.diagnostics.inside import Held, Inside, same
+from torchdeq.diagnostics.probe import Probe, Subject, Unfit, told
 from torchdeq.diagnostics.report import Finding, FixedPointReport, Verdict
-from torchdeq.diagnostics.slopes import Slope
-from torchdeq.diagnostics.spectral import ritz_values, spectral_radius
 from torchdeq.solver.coupling import mixes_samples
 from torchdeq.solver.multisecant import Multisecant
 
@@ -114,12 +111,8 @@ def check_fixed_point(
             return examination.report()
 
 
-class _Unfit(Exception):  # noqa: N818 - it ends an examination and reports no error
-    """Why the examination cannot go on."""
-
-
 class _Examination:
-    """The questions about one f. Each method is one of them; `_Unfit` ends the examination."""
+    """The questions about one f. Each method is one of them; `Unfit` ends the examination."""
 
     def __init__(
         self,
@@ -141,27 +134,35 @@ class _Examination:
             self.eps = max(self.eps, torch.finfo(amp.dtype).eps)
         self.findings: dict[str, Finding] = {}
         self.at: Literal["solution", "z0"] = "z0"
-        self.norm: Tensor | None = None
-        self.radius: Tensor | None = None
-        self.symmetric = self.hold_buffers = self.name_modules = self.hold_noise = False
+        self.contraction: derivatives.Contraction | None = None
+        self.hold_buffers = self.name_modules = self.hold_noise = False
 
     def run(self) -> None:
         try:
             self.runs()
-            self.function()
-            self.samples()
-            self.solve()
-            self.gradient()
-            self.contraction()
-            self.second()
-            self.forward()
-        except _Unfit as reason:
-            for question in QUESTIONS:
-                if question not in self.findings:
-                    self.add(question, "unknown", f"not examined, as {reason}.")
+            for question in (self.function, self.samples, self.solve, self.derivatives):
+                self.ask(question)
+        except Unfit as reason:
+            for name in QUESTIONS:
+                if name not in self.findings:
+                    self.add(name, "unknown", f"not examined, as {reason}.")
+
+    def ask(self, question: Callable[[], None]) -> None:
+        try:
+            question()
+        except Unfit:
+            raise
+        except Exception as error:
+            self.add(
+                "runs",
+                "fault",
+                f"f(z0) runs, but a later call raised {told(error)}",
+                "f must accept any state of the shapes of z0, and be called as often as a solver likes.",
+            )
+            raise Unfit("f does not always run") from error
 
     def add(self, name: str, verdict: Verdict, text: str, advice: str = "") -> None:
-        self.findings[name] = Finding(name=name, verdict=verdict, text=text, advice=advice)
+        self.put(Finding(name=name, verdict=verdict, text=text, advice=advice))
 
     # The value -----------------------------------------------------------------------------------------
 
@@ -176,12 +177,12 @@ class _Examination:
             self.add(
                 "runs",
                 "fault",
-                f"f(z0) raised {_told(error)}",
+                f"f(z0) raised {told(error)}",
                 "Make f(z0) work by itself; check the shape of z0 and that f closes over its inputs.",
             )
-            raise _Unfit("f(z0) does not run") from error
+            raise Unfit("f(z0) does not run") from error
         self.subject.copies = any(
-            leaf._version != version or not torch.equal(leaf, value) for leaf, version, value in before
+            leaf._version != version or not same(leaf, value) for leaf, version, value in before
         )
         if self.subject.copies:
             self.add(
@@ -197,7 +198,7 @@ class _Examination:
         except (TypeError, ValueError) as error:
             self.add("runs", "ok", "f(z0) runs.")
             self.add("shape", "fault", str(error), "f must return what it is given, in another value.")
-            raise _Unfit("f does not return a state") from error
+            raise Unfit("f does not return a state") from error
         got = {leaf.dtype for leaf in optree.tree_leaves(image)} - set(self.layout.dtypes)
         self.eps = max([self.eps, *(torch.finfo(dtype).eps for dtype in got)])
         self.add(
@@ -215,7 +216,7 @@ class _Examination:
                 f"f(z0) is not finite in {count} of {len(flat)} samples.",
                 "Look for a division by 0, a logarithm or root of what is not positive. Or start elsewhere.",
             )
-            raise _Unfit("f(z0) is not finite")
+            raise Unfit("f(z0) is not finite")
         self.add("runs", "ok", "f(z0) runs and is finite.")
 
     def function(self) -> None:
@@ -241,7 +242,7 @@ class _Examination:
                 "Make f a function of z alone for the time of a solve: take what changes out of f, or give DEQ the "
                 "modules= whose buffers change.",
             )
-            raise _Unfit("f is not a function")
+            raise Unfit("f is not a function")
         self.hold_noise = True
         droppers = self.training(nn.modules.dropout._DropoutNd)
         where = f" Dropout in training mode: {_some(droppers)}." if droppers else ""
@@ -268,9 +269,9 @@ class _Examination:
             self.add(
                 "buffers",
                 "fault",
-                f"a call of f changes {named}. So f drifts under a solver, which calls it many times.",
-                "Take what changes out of f, or return it as a part of the state. DEQ holds buffers of modules in "
-                "training mode, and nothing else.",
+                f"a call of f changes {named}, which DEQ does not hold: a solve calls f many times.",
+                "Take what changes out of f, or make it a part of the state. DEQ holds buffers of modules in training "
+                "mode, and nothing else.",
             )
             return moved
         self.hold_buffers = True
@@ -339,7 +340,7 @@ class _Examination:
         try:
             solution = solver.run(FlatMap(self.subject, self.layout), self.z)
         except Exception as error:
-            self.add("solve", "fault", f"f works at z0, but during a solve it raised {_told(error)}")
+            self.add("solve", "fault", f"f works at z0, but during a solve it raised {told(error)}")
             return
         if problem := solution.problem():
             self.add(
@@ -357,229 +358,24 @@ class _Examination:
             f"Multisecant finds a fixed point to relative {tol:.0e} in {solution.nfe} evaluations.",
         )
 
-    # The derivative ------------------------------------------------------------------------------------
+    def derivatives(self) -> None:
+        """`gradient` and all that follows it, at the state that the solve has left."""
+        probe, where = self.probe(), "the solution" if self.at == "solution" else "z0"
+        graph = derivatives.tracked(probe)
+        self.put(derivatives.learns(probe) if graph is None else graph)
+        if graph is not None:
+            raise Unfit("f does not run under grad mode")
+        finding, reason = derivatives.gradient(probe, where)
+        self.put(finding)
+        if reason:
+            raise Unfit(reason)
+        finding, self.contraction = derivatives.contraction(probe, where, self.steps)
+        self.put(finding)
+        self.put(derivatives.second(probe))
+        self.put(derivatives.forward(probe))
 
-    def gradient(self) -> None:
-        """`gradient` and `learns`; leaves the graph of f(z) at z for the questions after it."""
-        probe = self.probe()
-        try:
-            probe.track()
-        except Exception as error:
-            self.add("gradient", "fault", f"f runs without a graph, but with one it raised {_told(error)}")
-            raise _Unfit("f does not run under grad mode") from error
-        self.at_solution = probe
-        self.learns(leaves_of([probe.fz], without=[probe.point]))
-        directions = [probe.direction(), probe.direction()]
-        images = [probe.quotient(d) for d in directions]
-        still = all(probe.is_rounding(image) for image in images)
-        try:
-            vjps = [probe.vjp(probe.cotangent(image)) for image in images]
-        except Exception as error:
-            self.add(
-                "gradient",
-                "fault",
-                f"the backward pass of f raised {_told(error)}",
-                "Every gradient method needs products with Jᵀ.",
-            )
-            raise _Unfit("f has no product with Jᵀ") from error
-        connected = any(v is not None for v in vjps)
-        if not connected and still:
-            self.add(
-                "gradient",
-                "note",
-                "f does not depend on z, so its value is the fixed point.",
-                "No solver is needed: call f once.",
-            )
-            raise _Unfit("f does not depend on z")
-        if not connected:
-            self.add(
-                "gradient",
-                "fault",
-                "f(z) depends on z, but autograd does not know it: there is no path from the one to the other.",
-                "Look for detach(), .data, torch.no_grad(), .item() or NumPy between z and f(z).",
-            )
-            raise _Unfit("autograd does not see that f depends on z")
-        for v in vjps:
-            if v is not None and not bool(v.isfinite().all()):
-                self.add(
-                    "gradient",
-                    "fault",
-                    f"a product with Jᵀ is not finite at {self.where()}.",
-                    "Look for a root or a norm at 0, 0/0, or torch.where around one: add a small number inside.",
-                )
-                raise _Unfit("a product with Jᵀ is not finite")
-        self.compare(probe, directions, images)
-
-    def compare(self, probe: Probe, directions: list[Tensor], images: list[Tensor]) -> None:
-        """⟨Jᵀu, d⟩ beside the slope of ⟨u, f(z + t d)⟩, with u along what f does in the direction d."""
-        wrong: list[tuple[float, Slope]] = []
-        kinks, blur = 0, 0.0
-        for d, image in zip(directions, images, strict=True):
-            u = probe.cotangent(image)
-            got, found = dot(probe.vjp_or_zero(u), d), probe.slope(u, d)
-            if not math.isfinite(found.error):
-                self.add(
-                    "gradient",
-                    "unknown",
-                    f"f is not finite beside {self.where()}, so there is no quotient.",
-                )
-                return
-            kinks += found.kink
-            blur = max(blur, found.tolerance / max(abs(found.value), 1e-300))
-            if not found.confirms(got):
-                wrong.append((got, found))
-        if kinks:
-            self.add(
-                "gradient",
-                "note",
-                f"f has a kink at {self.where()}: its slopes to one side and the other differ, so that there is no J. "
-                f"Autograd gives one of several; it cannot be checked there.",
-                "Usual for ReLU, abs or max exactly at 0, as from a zero start with zero biases; harmless elsewhere.",
-            )
-        elif wrong:
-            got, found = max(wrong, key=lambda pair: abs(pair[0] - pair[1].value))
-            self.add(
-                "gradient",
-                "fault",
-                f"autograd's derivative along a line is {got:.6g}, but difference quotients say {found.value:.6g} "
-                f"(± {found.error:.0e}).",
-                "Part of f is hidden from autograd (detach(), .data, no_grad()), or a custom backward is wrong, or one "
-                "that is wrong on purpose (straight-through). Implicit gradients would be those of another map.",
-            )
-            raise _Unfit("autograd's J is not that of f")
-        elif blur > 0.2:
-            self.add(
-                "gradient",
-                "unknown",
-                f"products with Jᵀ exist and are finite, but difference quotients are too coarse in this precision to "
-                f"check them (± {100 * blur:.0f} %).",
-                "Check f in float32 or float64.",
-            )
-        else:
-            self.add("gradient", "ok", f"products with Jᵀ agree with difference quotients at {self.where()}.")
-
-    def learns(self, leaves: list[Tensor]) -> None:
-        if leaves:
-            count = sum(leaf.numel() for leaf in leaves)
-            self.add(
-                "learns",
-                "ok",
-                f"f depends on tensors that require a gradient: {len(leaves)}, {count} numbers.",
-            )
-        else:
-            self.add(
-                "learns",
-                "note",
-                "f depends on no tensor that requires a gradient, so there is nothing to learn through it.",
-                "Call requires_grad_() on parameters or inputs, if that is not meant so.",
-            )
-
-    def contraction(self) -> None:
-        generator = torch.Generator(self.z.device).manual_seed(0)
-        probe = self.at_solution
-        jvp = probe.jvp()
-        try:
-            self.radius = spectral_radius(
-                self.subject,
-                self.layout.unravel(self.z),
-                steps=self.steps,
-                batch_dims=self.layout.depth,
-                generator=generator,
-            )
-            squares = ritz_values(lambda v: probe.vjp_or_zero(jvp(v)), probe.noise(), self.steps)
-        except Exception as error:
-            self.add("contraction", "unknown", f"its estimate raised {_told(error)}")
-            return
-        self.norm = squares.real.amax(dim=1).clamp_min(0).sqrt()
-        norm, radius = float(self.norm.max()), float(self.radius.max())
-        what = "of the whole state" if self.layout.depth == 0 else "of the worst sample"
-        told = f"‖J‖₂ ≈ {norm:.3g} and spectral radius ≈ {radius:.3g} at {self.where()}, {what}."
-        mend = (
-            "Normalise the weights or add torchdeq.loss.jac_reg to the loss, if training does not keep it so."
-        )
-        if norm < 1:
-            self.add("contraction", "ok", f"{told} A contraction there.")
-        elif radius < 1:
-            self.add(
-                "contraction",
-                "note",
-                f"{told} Plain iteration converges near there, but may first move away.",
-                mend,
-            )
-        else:
-            self.add(
-                "contraction",
-                "note",
-                f"{told} Plain iteration moves away from there, and there may be several fixed points; accelerated "
-                f"solvers can still converge.",
-                mend,
-            )
-        d = probe.direction()
-        jd, jtd = jvp(d), probe.vjp_or_zero(d)
-        self.symmetric = float(jd.norm()) > 0 and bool((jd - jtd).norm() <= 10 * self.eps**0.5 * jd.norm())
-
-    def second(self) -> None:
-        """Whether ⟨Jᵀu, d⟩ can be differentiated in u, which gives Jd, and in z."""
-        probe = self.at_solution
-        d, e = probe.direction(), probe.direction()
-        u = probe.cotangent(probe.quotient(d))
-        advice = "IFT(order=2) and CGNR need it; IFT(), GMRES and the other adjoint solvers do not."
-        try:
-            with torch.enable_grad():
-                z = self.z.clone().requires_grad_()
-                cotangent = u.clone().requires_grad_()
-                (w,) = torch.autograd.grad(probe.flat(z), z, cotangent, create_graph=True)
-                product = (w * d).sum()
-                if not product.requires_grad:
-                    raise RuntimeError("it has no graph.")
-                in_u, in_z = torch.autograd.grad(product, (cotangent, z), allow_unused=True)
-                if in_u is None and bool(w.any()):
-                    raise RuntimeError("it is linear in u, but has no path to u.")
-        except Exception as error:
-            self.add(
-                "second", "note", f"a product with Jᵀ cannot be differentiated again: {_told(error)}", advice
-            )
-            return
-        line, bend = probe.slope(u, d), probe.bend(u, d, e)
-        right = line.kink or line.confirms(0.0 if in_u is None else dot(in_u, u))
-        right = right and (bend.kink or bend.confirms(0.0 if in_z is None else dot(in_z, e)))
-        if right:
-            self.add("second", "ok", "a product with Jᵀ can be differentiated again.")
-            return
-        self.add(
-            "second",
-            "fault",
-            "a product with Jᵀ can be differentiated again, but the result disagrees with difference quotients: second "
-            "derivatives would be wrong without an error.",
-            "A custom backward detaches or uses saved values that carry no graph; mend it, or decorate it with "
-            "once_differentiable.",
-        )
-
-    def forward(self) -> None:
-        probe = self.at_solution
-        d = probe.direction()
-        needed = "Only forward-mode differentiation (torch.func.jvp, jacfwd) needs it."
-        try:
-            with forward_ad.dual_level():
-                dual = forward_ad.make_dual(self.z, d)
-                image = self.layout.ravel(self.subject(self.layout.unravel(dual)))
-                tangent = forward_ad.unpack_dual(image).tangent
-                tangent = torch.zeros_like(d) if tangent is None else tangent.detach().clone()
-        except Exception as error:
-            self.add("forward", "note", f"f has no forward-mode derivative: {_told(error)}", needed)
-            return
-        u = probe.cotangent(probe.quotient(d))
-        line = probe.slope(u, d)
-        if line.kink or line.confirms(dot(u, tangent)):
-            self.add("forward", "ok", "forward-mode differentiation works.")
-        else:
-            self.add(
-                "forward",
-                "fault",
-                f"forward mode gives {dot(u, tangent):.6g} along a line, but difference quotients say "
-                f"{line.value:.6g} (± {line.error:.0e}).",
-                "Look for detach() or a custom jvp that is wrong. " + needed,
-            )
+    def put(self, finding: Finding) -> None:
+        self.findings[finding.name] = finding
 
     def probe(self) -> Probe:
         return Probe(self.subject, self.layout, self.z, self.eps)
@@ -587,9 +383,6 @@ class _Examination:
     def apart(self, a: Tensor, b: Tensor) -> bool:
         """Whether they differ by more than rounding. Values that are not finite are alike."""
         return bool((per_sample((a - b).nan_to_num()) > 64 * self.eps * per_sample(a.nan_to_num())).any())
-
-    def where(self) -> str:
-        return "the solution" if self.at == "solution" else "z0"
 
     # The conclusion ------------------------------------------------------------------------------------
 
@@ -601,8 +394,8 @@ class _Examination:
             subject=f"{self.name} on a state of shape {shapes}, {dtypes}, batch_dims={self.batch_dims}",
             findings=tuple(self.findings[name] for name in QUESTIONS),
             at=self.at,
-            norm=self.norm,
-            radius=self.radius,
+            norm=None if self.contraction is None else self.contraction.norm,
+            radius=None if self.contraction is None else self.contraction.radius,
             use=use,
             why=why,
         )
@@ -619,7 +412,7 @@ class _Examination:
             options.append("hold_noise=True")
         if faults:
             return "", f"Mend first what is at fault: {', '.join(faults)}."
-        if self.norm is None or self.radius is None:
+        if self.contraction is None:
             return "", "Without a derivative there is nothing to choose by."
         if self.findings["gradient"].verdict == "note":
             options = ["Multisecant()", "IFT()", *options]
@@ -627,12 +420,12 @@ class _Examination:
                 f"DEQ({', '.join(options)})",
                 "The defaults, as J at a kink says little about what is around it.",
             )
-        radius, norm = float(self.radius.max()), float(self.norm.max())
+        radius, norm = float(self.contraction.radius.max()), float(self.contraction.norm.max())
         solver, why = "Multisecant()", f"with a spectral radius of {radius:.2g} acceleration pays"
         if radius < 0.2:
             solver, why = "FixedPointIteration()", f"each plain step leaves {radius:.2g} of the error"
         grad, reason = "IFT()", "GMRES, its default, needs the fewest products with Jᵀ"
-        if self.symmetric and radius < 1:
+        if self.contraction.symmetric and radius < 1:
             grad, reason = (
                 "IFT(solver=CG(tol=1e-5))",
                 "J is symmetric, so CG does with little memory what GMRES does",
@@ -646,14 +439,9 @@ class _Examination:
         return f"DEQ({', '.join([solver, grad, *options])})", f"{why[0].upper()}{why[1:]}; {reason}."
 
 
-def _told(error: Exception) -> str:
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else ''}"
-
-
 def _name_of(f: Any) -> str:
     name = getattr(f, "__qualname__", type(f).__name__)
-    return str(name).removeprefix("<locals>.").rpartition("<locals>.")[2].replace("<lambda>", "a lambda")
+    return str(name).rpartition("<locals>.")[2].replace("<lambda>", "a lambda")
 
 
 def _some(names: list[str]) -> str:

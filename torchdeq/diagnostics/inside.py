@@ -105,7 +105,7 @@ class Held:
     def moved(self) -> list[str]:
         """The names of buffers, tensors and parameters that have another value than they had."""
         now = dict(self._named(self.inside))
-        values = [name for name, _, value in self._values if name not in now or not _same(now[name], value)]
+        values = [name for name, _, value in self._values if name not in now or not same(now[name], value)]
         return values + [name for name, p, version in self._parameters if p._version != version]
 
     def owner(self, name: str) -> nn.Module | None:
@@ -122,12 +122,12 @@ class Held:
                 vars(module)[key].clear()
                 vars(module)[key].update(table)
         for _, t, value in self._values:
-            if not _same(t, value):
+            if not same(t, value):
                 t.copy_(value)
         for p, grad, kept in self._grads:
             if p.grad is not grad:
                 p.grad = grad
-            if grad is not None and kept is not None and not _same(grad, kept):
+            if grad is not None and kept is not None and not same(grad, kept):
                 grad.copy_(kept)
 
 
@@ -146,7 +146,8 @@ def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether they are equal, and NaN where the other is."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     a, b = a.detach(), b.detach()

@@ -15,6 +15,10 @@ from torchdeq.diagnostics.slopes import Slope, slope
 from torchdeq.solver.maps import with_transpose
 
 
+class Unfit(Exception):  # noqa: N818 - it ends an examination and reports no error
+    """Why an examination cannot go on."""
+
+
 class Subject:
     """f as it is examined: under the caller's autocast, and once that is known to be needed, with a copy of its
     argument and with the random numbers of the first call."""
@@ -151,3 +155,9 @@ class Probe:
 def dot(a: Tensor, b: Tensor) -> float:
     """⟨a, b⟩ over everything, in double precision."""
     return float((a.detach().double() * b.detach().double()).sum())
+
+
+def told(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
