@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -15,7 +17,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.problems import F64, cotangent, error, exact_adjoint, exact_gradient, random_matrix, solve_exactly
-from torchdeq import DEQ, GMRES, IFT, SOLVERS, AffineMap, Anderson, ConvergenceWarning, PhantomGrad, as_solver
+from torchdeq import (
+    DEQ,
+    GMRES,
+    GRADS,
+    IFT,
+    SOLVERS,
+    AffineMap,
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    FixedPointIteration,
+    PhantomGrad,
+    as_grad,
+    as_solver,
+)
 from torchdeq.solver.affine import AffineSolver
 
 TIGHT = Anderson(tol=1e-13, max_iter=200)
@@ -500,6 +516,54 @@ def test_anomaly_mode_changes_no_number_and_names_a_nan(method):
         nan = torch.where(z > -torch.inf, z.sign() * torch.sqrt(z * 0), 0.0)  # 0 · ∞ in its derivative
         with pytest.raises(RuntimeError, match="returned nan values"):
             nan.sum().backward()
+
+
+def saved_in_numpy(run, x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy):
+        return run(x)
+
+
+def saved_on_cpu(run, x):
+    with torch.autograd.graph.save_on_cpu():
+        return run(x)
+
+
+def watched(run, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        anomaly = torch.autograd.detect_anomaly()
+    with anomaly:
+        return run(x)
+
+
+AROUND = {
+    "checkpoint": functools.partial(checkpoint, use_reentrant=False),
+    "reentrant checkpoint": functools.partial(checkpoint, use_reentrant=True),
+    "save_on_cpu": saved_on_cpu,
+    "saved_tensors_hooks": saved_in_numpy,
+    "anomaly": watched,
+}
+
+
+@pytest.mark.parametrize("name", GRADS)
+def test_every_registered_gradient_method_gives_the_same_gradient_in_each_context(name):
+    """The same as without it, so that what is registered tomorrow is tested too."""
+    solver = {"shine": Broyden(tol=1e-8)}.get(name, FixedPointIteration(tol=1e-4, max_iter=40))
+    deq = DEQ(solver, as_grad(name))
+    f = Net(gain=0.4)
+    g = cotangent(f.x)
+    run = lambda x: deq(lambda z: torch.tanh(f.layer(z) + x), f.z0)[0]  # noqa: E731
+    run(f.x).backward(g)
+    want = grads(f)
+    for context, around in AROUND.items():
+        f.zero_grad()
+        around(run, f.x).backward(g)
+        assert error(grads(f), want) < 1e-14, context
+    f.zero_grad()
+    z = run(f.x)
+    with torch.no_grad():
+        z.backward(g)
+    assert error(grads(f), want) < 1e-14
 
 
 @EVERY
