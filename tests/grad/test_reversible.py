@@ -119,6 +119,29 @@ def test_a_graph_that_is_kept_serves_again_and_two_graphs_do_not_meet():
     assert error(both, [3 * w for w in want]) < 1e-12
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_backward_pass_without_grad_mode(context):
+    f = TanhMap.make()
+    g = cotangent(f.x)
+    want = torch.autograd.grad(program(f, f.z0, 5), f.wanted, g)
+    z, _ = reversible(5)(f, f.z0)
+    with context():
+        z.backward(g)
+    assert error([t.grad.clone() for t in f.wanted], want) < 1e-12
+
+
+def test_the_start_may_come_from_inference_mode_and_be_written_to_afterwards():
+    f = TanhMap.make()
+    g = cotangent(f.x)
+    want = torch.autograd.grad(program(f, f.z0, 5), f.wanted, g)
+    with torch.inference_mode():
+        start = f.z0.clone()
+    z, _ = reversible(5)(f, start)
+    with torch.inference_mode():
+        start += 1
+    assert error(torch.autograd.grad(z, f.wanted, g), want) < 1e-12
+
+
 def test_evaluations_that_save_nothing_are_undone_when_others_ask_for_it():
     """f is linear from the third evaluation on, saves nothing there, and so is not called for its derivative."""
     x = torch.ones(1, 2, dtype=F64, requires_grad=True)

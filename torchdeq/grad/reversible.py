@@ -120,7 +120,8 @@ class Reversible(GradMethod):
                 f"{self!r} keeps no states on its way, got record={list(record)}. Use record=()."
             )
         solver = self._checked(solver, z0)
-        tape = Tape(f, z0.detach(), self.beta, self.dtype or z0.dtype)
+        # A copy: z0 is the caller's, who may write to it, or have made it in inference mode.
+        tape = Tape(f, z0.detach().clone(), self.beta, self.dtype or z0.dtype)
         with tape.tally.amp.off(), set_checkpoint_early_stop(False):
             return _iterate(self, tape, solver)
 
@@ -219,10 +220,12 @@ class Tape:
 
     def _again(self, half: int) -> Tensor:
         """f at the argument of a half step, with a graph, and on the way the state before it."""
-        if not half <= self.at <= half + 1:
-            self._go_to(half + 1)
-        fz = self._replayed(half)
-        self._undo(half, fz.detach())
+        # A backward pass may be called in inference mode, whose tensors would save nothing.
+        with torch.inference_mode(False), torch.enable_grad():
+            if not half <= self.at <= half + 1:
+                self._go_to(half + 1)
+            fz = self._replayed(half)
+            self._undo(half, fz.detach())
         return fz
 
     def _replayed(self, half: int) -> Tensor:
