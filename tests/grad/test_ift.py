@@ -487,3 +487,18 @@ def test_a_loss_on_one_of_many_coupled_samples_gets_a_right_gradient(name, hook)
         warnings.simplefilter("ignore", CouplingWarning)
         got = torch.autograd.grad(z, [a], g)
     assert error(got, exact_gradient(f, torch.zeros_like(x), g, [a])) < 1e-8
+
+
+@FORMS
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_cotangent_that_is_not_finite_spoils_its_own_sample_only(hook, bad):
+    f = TanhMap.make()
+    z = DEQ(TIGHT, IFT(solver=GMRES(tol=1e-12), hook=hook))(f, f.z0)[0]
+    g = cotangent(z)
+    (want,) = torch.autograd.grad(z, f.x, g, retain_graph=True)
+    g[1, 3] = bad
+    with pytest.warns(ConvergenceWarning, match="1 of 4.*non-finite"):
+        (got,) = torch.autograd.grad(z, f.x, g)
+    others = [0, 2, 3]
+    assert torch.equal(got[others], want[others])
+    assert not got[1].isfinite().any()  # what a gradient scaler looks for

@@ -44,6 +44,9 @@ def solve_adjoint(
         u (B, D), and the `Solution`, whose residuals are ‖g − (I − Jᵀ) u‖ / ‖g‖ per sample.
     """
     size = _norm(g)
+    # A cotangent that is not finite is its own sample's: what it asks for is not a number, and says nothing of others.
+    known = size.isfinite()
+    size = torch.where(known, size, 0.0)
     # A sample without a cotangent borrows the scale of the largest: if f couples samples its u is not zero.
     largest = size.amax() if size.numel() else size.sum()
     largest = torch.where(largest != 0, largest, 1.0)
@@ -67,7 +70,7 @@ def solve_adjoint(
         if coupled:
             solution, u = _solve_together(vjp, g, solver, layout, solution.nfe, preconditioner)
             return u, solution
-    return solution.z * size, solution
+    return (solution.z * size).masked_fill(~known[:, None], torch.nan), solution
 
 
 def _solve_together(
