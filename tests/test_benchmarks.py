@@ -13,7 +13,7 @@ import pytest
 from torchdeq import GRADS, Multisecant, as_grad
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("memory", "peers", "problems", "record", "report", "solvers")
+MODULES = ("derivatives", "memory", "peers", "problems", "record", "report", "solvers")
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,10 @@ def test_the_allocator_is_read_right(memory: ModuleType):
     method, kind = memory.METHODS[0]
     few, many = (memory.measure(problem, method, kind(max_iter=k, tol=0.0, patience=0)) for k in (5, 15))
     assert many.held - few.held <= 10 * 64 * 32  # traces
+
+
+def test_a_quick_run_measures_what_derivatives_cost(bench: ModuleType, tmp_path: Path):
+    importlib.import_module("derivatives").main(["--quick", "--out", str(tmp_path)])
+    text = (tmp_path / "derivatives.md").read_text(encoding="utf-8")
+    assert text.count("| `fixed_point` ") == 4
+    assert text.count("| `IFT(order=2)` ") == 4
