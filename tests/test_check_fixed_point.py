@@ -442,6 +442,14 @@ def test_without_convergence_derivatives_are_taken_at_the_start() -> None:
     assert report.norm.tolist() == pytest.approx(norms, rel=1e-9)
 
 
+def test_a_solve_that_comes_near_is_noted() -> None:
+    # Somewhere on the way to 1.5e-8 the residual is below 1e-4.
+    near = [check_fixed_point(good, Z0, max_iter=k) for k in range(6, 12)]
+    noted = [report for report in near if report["solve"].verdict == "note"]
+    assert noted
+    assert all(report.at == "solution" and report.ok for report in noted)
+
+
 def test_an_f_that_is_not_finite_off_its_way_is_reported() -> None:
     report = check_fixed_point(lambda z: torch.where((z == 0).all(), z + 1, z / 0 * 0), Z0)
     assert "solve" in faults(report)

@@ -21,6 +21,8 @@ from torchdeq.diagnostics.report import Finding, FixedPointReport, Verdict
 from torchdeq.solver.coupling import mixes_samples
 from torchdeq.solver.multisecant import Multisecant
 
+_NEAR = 1e-4  # a relative residual that passes for a solution
+
 #: The questions, in the order in which they are asked.
 QUESTIONS = (
     "runs",
@@ -342,7 +344,17 @@ class _Examination:
         except Exception as error:
             self.add("solve", "fault", f"f works at z0, but during a solve it raised {told(error)}")
             return
-        if problem := solution.problem():
+        problem, worst = solution.problem(), float(solution.residual.max()) if len(self.z) else 0.0
+        if problem and worst <= _NEAR:
+            self.z, self.at = solution.z, "solution"
+            self.add(
+                "solve",
+                "note",
+                f"Multisecant comes to relative {worst:.0e} in {solution.nfe} evaluations, and not to {tol:.0e}.",
+                "Near enough for most training, but slow. See `contraction`.",
+            )
+            return
+        if problem:
             self.add(
                 "solve",
                 "fault",

@@ -107,9 +107,10 @@ def _compared(
     if any(found.kink for _, found in pairs):
         return finding(
             verdict="note",
-            text=f"f has a kink at {where}: its slopes to one side and the other differ, so that there is no J. "
-            f"Autograd gives one of several; it cannot be checked there.",
-            advice="Usual for ReLU, abs or max exactly at 0, as from a zero start with zero biases; rare elsewhere.",
+            text=f"f has a kink at {where}, or bends sharply: its slopes to one side and the other differ. What "
+            f"autograd gives for J cannot be checked there, and at a kink is one of several.",
+            advice="Usual for ReLU, abs or max exactly at 0, as from a zero start with zero biases, and for a "
+            "normalisation of zeros; rare elsewhere.",
         ), ""
     wrong = [(got, found) for got, found in pairs if not found.confirms(got)]
     if wrong:

@@ -2,7 +2,8 @@
 
     (φ(h) − φ(−h)) / 2h   at two step lengths; the change from the longer to the shorter bounds the error of the latter.
 
-φ has a kink at 0 if the slopes to its right and left stay apart as h shrinks; where φ is smooth they close in as h.
+φ has a kink at 0 if the slopes to its right and left stay apart as h shrinks; where φ is smooth they close in as h. A
+bend that is sharper than the steps are short looks like a kink.
 """
 
 from __future__ import annotations
