@@ -29,6 +29,7 @@ FLOORS = {
     "torchdeq.grad": 2,
     "torchdeq.deq": 3,
     "torchdeq.functional": 3,
+    "torchdeq.implicit": 3,
     "torchdeq.norm": 4,
     "torchdeq.dropout": 4,
     "torchdeq.loss": 4,

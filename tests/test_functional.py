@@ -636,6 +636,41 @@ def test_errors_teach():
             call()
 
 
+def test_the_old_vmap_of_autograd_is_refused():
+    x = X[0].clone().requires_grad_()
+    eye = torch.eye(3, dtype=F64)
+    solve = lambda x: vector(implicit)(W, x)  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian
+    for call in (
+        lambda: torch.autograd.grad(solve(x), x, eye, is_grads_batched=True),
+        lambda: jacobian(solve, X[0], vectorize=True),
+        lambda: jacobian(solve, X[0], vectorize=True, strategy="forward-mode"),
+    ):
+        with pytest.raises(RuntimeError, match="Use torch.func.jacrev"):
+            call()
+    assert largest_gap(jacobian(solve, X[0]), jacrev(solve)(X[0])) < 1e-12
+
+
+def test_an_f_that_can_be_differentiated_once_has_first_derivatives_only():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z.sin()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+    x = X[0].clone().requires_grad_()
+    z = fixed_point(lambda z, x: Once.apply(z) / 2 + x, zeros_of(x), x, **TIGHT)
+    (got,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    assert largest_gap(got, 1 / (1 - torch.cos(z) / 2)) < 1e-11
+    with pytest.raises(RuntimeError, match="must itself be differentiable"):
+        torch.autograd.grad(got.sum(), x)
+
+
 def test_nothing_is_warned_of_where_all_converges():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

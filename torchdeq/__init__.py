@@ -31,6 +31,7 @@ from torchdeq.grad import (
     as_grad,
     backward_factory,
 )
+from torchdeq.implicit import implicit_minimum, implicit_root
 from torchdeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution, Status
 from torchdeq.solver import (
     CG,
@@ -47,6 +48,7 @@ from torchdeq.solver import (
     FixedPointIteration,
     Multisecant,
     Neumann,
+    NewtonCG,
     NewtonKrylov,
     SimpleFixedPointIteration,
     Solver,
@@ -89,6 +91,7 @@ __all__ = [
     "Multisecant",
     "Neumann",
     "NeumannPhantom",
+    "NewtonCG",
     "NewtonKrylov",
     "PhantomGrad",
     "Reversible",
@@ -113,6 +116,8 @@ __all__ = [
     "fixed_point",
     "get_deq",
     "get_solver",
+    "implicit_minimum",
+    "implicit_root",
     "register_deq",
     "register_solver",
     "reset_deq",

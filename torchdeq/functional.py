@@ -8,8 +8,8 @@ How it is differentiated stands in `torchdeq.grad.pure`; here is the door.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optree
@@ -21,8 +21,8 @@ from torchdeq._replay import AutocastState, RandomState
 from torchdeq._state import Layout, Tree, layout_of
 from torchdeq.grad.base import OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY
-from torchdeq.grad.pure import Image, Noise, System
-from torchdeq.solution import Reporter, Solution
+from torchdeq.grad.pure import Image, Noise, System, refuse_old_vmap
+from torchdeq.solution import Reporter
 from torchdeq.solver.base import SOLVER_REMEDY, SolverLoop
 from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.multisecant import Multisecant
@@ -97,24 +97,19 @@ def fixed_point(
     def image(z: Tensor, *theta: Tree) -> Tensor:
         return layout.ravel(without_aux(f, f(layout.unravel(z), *theta), has_aux))
 
-    z, solution, again = solve_map(
+    tol = default_tol(layout, z0)
+    return solve_map(
         image,
         layout,
         z0,
         theta,
-        solver=solver,
-        adjoint=adjoint,
-        account=return_solution,
+        solver=as_loop("solver", solver, Multisecant(tol=tol, stop_mode="rel", max_iter=200)),
+        adjoint=as_loop("adjoint", adjoint, GMRES(tol=tol, max_iter=200)),
+        aux=f if has_aux else None,
+        return_solution=return_solution,
         throw=throw,
         on_backward=on_backward,
     )
-    returned = [z]
-    if has_aux:
-        with again:
-            returned.append(f(z, *theta)[1])
-    if solution is not None:
-        returned.append(solution)
-    return tuple(returned) if len(returned) > 1 else z
 
 
 def solve_map(
@@ -123,86 +118,100 @@ def solve_map(
     z0: Tree,
     theta: tuple[Tree, ...],
     *,
-    solver: str | SolverLoop | None,
-    adjoint: str | SolverLoop | None,
-    account: bool,
+    solver: SolverLoop,
+    adjoint: SolverLoop,
+    aux: Callable[..., Any] | None,
+    return_solution: bool,
     throw: bool,
     on_backward: OnBackward | None,
     remedies: tuple[str, str] = (SOLVER_REMEDY, ADJOINT_REMEDY),
-) -> tuple[Tree, Solution | None, AbstractContextManager[None]]:
-    """The fixed point of a map on flat states.
+    search: Image | None = None,
+) -> Any:
+    """The fixed point of a map on flat states, and what else `fixed_point` returns.
 
     Arguments:
         image: (z (B, D), *theta) -> (B, D).
         layout, z0: of the state.
         theta: what `image` takes besides z.
-        account: whether the Solution is wanted.
+        solver, adjoint, return_solution, throw, on_backward: see `fixed_point`.
+        aux: a function (z, *theta) -> (value, aux), if aux is wanted.
         remedies: what to say of a forward and of a linear solve that did not converge.
-
-    Returns:
-        z* in the structure of z0, the Solution or None, and a context in which f draws the same random numbers.
+        search: (z0 (B, D), *theta) -> (B, D), for a solver that needs to see theta.
     """
+    refuse_old_vmap()
+    if solver.compact:
+        raise ValueError(
+            f"solver={solver!r}: compact=True leaves samples out of the batch, but theta would still be that of all. "
+            f"Use compact=False; DEQ allows it."
+        )
     start = layout.ravel(z0, source="z0").detach()
     leaves: list[Any]
     leaves, spec = optree.tree_flatten(theta)  # type: ignore[arg-type]
     wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in wanted]
 
-    def of_tensors(z: Tensor, *tensors: Tensor) -> Tensor:
-        full = list(leaves)
-        for i, t in zip(wanted, tensors, strict=True):
-            full[i] = t
-        return image(z, *optree.tree_unflatten(spec, full))
+    def of_tensors(g: Callable[..., Any]) -> Callable[..., Any]:
+        def called(z: Tensor, *tensors: Tensor) -> Any:
+            full = list(leaves)
+            for i, t in zip(wanted, tensors, strict=True):
+                full[i] = t
+            return g(z, *optree.tree_unflatten(spec, full))
 
-    amp = AutocastState.capture(start.device)
+        return called
+
     forward, linear = (Reporter(remedy, throw=throw) for remedy in remedies)
     system = System(
-        image=of_tensors,
+        image=of_tensors(image),
         layout=layout,
-        solver=default_solver(layout, amp) if solver is None else _as_solver("solver", solver),
-        adjoint=default_adjoint(layout, amp) if adjoint is None else _as_solver("adjoint", adjoint),
-        amp=amp,
+        solver=solver,
+        adjoint=adjoint,
+        amp=AutocastState.capture(start.device),
         noise=Noise(RandomState.capture(start.device)),
         reports=(forward, linear),
         on_backward=on_backward,
-        account=[] if account else None,
-        guards=torch.is_grad_enabled(),
+        account=[] if return_solution else None,
+        guards=torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
+        search=None if search is None else of_tensors(search),
     )
-    if system.solver.compact:
-        raise ValueError(
-            f"solver={system.solver!r}: compact=True leaves samples out of the batch, but theta would still be that of "
-            f"all. Use compact=False; DEQ allows it."
-        )
-    if torch.is_inference_mode_enabled():
-        # Solvers that differentiate f cannot save inference tensors.
-        with torch.inference_mode(False), torch.no_grad():
-            start, *tensors = (t.clone() if t.is_inference() else t for t in (start, *tensors))
-            z, figures = system.apply(start, tensors)
-    else:
+    with _no_inference():  # solvers that differentiate f cannot save inference tensors
+        start, *tensors = (t.clone() if t.is_inference() else t for t in (start, *tensors))
         if in_transform():
             system = system.looked_through(start, tensors)
         z, figures = system.apply(start, tensors)
-    tree = layout.unravel(z)
-    if system.account is None:
-        return tree, None, system.noise()
-    bare: dict[str, Any] = {**figures, "z": optree.tree_map(torch.Tensor.detach, tree)}
-    return tree, dataclasses.replace(system.account[0], **bare), system.noise()
+        state = layout.unravel(z)
+    returned = [state]
+    if aux is not None:
+        with system.noise():
+            returned.append(aux(state, *theta)[1])
+    if system.account is not None:
+        bare: dict[str, Any] = {**figures, "z": optree.tree_map(torch.Tensor.detach, state)}
+        returned.append(dataclasses.replace(system.account[0], **bare))
+    return tuple(returned) if len(returned) > 1 else state
 
 
-def default_solver(layout: Layout, amp: AutocastState) -> SolverLoop:
-    """See `fixed_point`."""
-    return Multisecant(tol=default_tol(layout, amp), stop_mode="rel", max_iter=200)
+@contextmanager
+def _no_inference() -> Iterator[None]:
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
-def default_adjoint(layout: Layout, amp: AutocastState) -> SolverLoop:
-    """See `fixed_point`."""
-    return GMRES(tol=default_tol(layout, amp), max_iter=200)
-
-
-def default_tol(layout: Layout, amp: AutocastState) -> float:
+def default_tol(layout: Layout, z0: Tree) -> float:
     """ε^⅔, to two digits, of the narrowest dtype that f computes in."""
+    amp = AutocastState.capture(optree.tree_leaves(z0)[0].device)
     dtypes = [*layout.dtypes, *([amp.dtype] if amp.enabled else [])]
     return float(f"{max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3):.1e}")
+
+
+def as_loop(name: str, solver: Any, default: SolverLoop) -> SolverLoop:
+    """The solver that was given as the argument `name`, or the default."""
+    if solver is None:
+        return default
+    if not isinstance(solver, str | SolverLoop):
+        raise TypeError(f"{name}={solver!r}: expected a Solver such as {default!r}, or a registered name.")
+    return as_solver(solver)
 
 
 def without_aux(f: Any, out: Any, has_aux: bool) -> Any:
@@ -212,14 +221,6 @@ def without_aux(f: Any, out: Any, has_aux: bool) -> Any:
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True: {f!r} must return a tuple (value, aux), got {type(out).__name__}.")
     return out[0]
-
-
-def _as_solver(name: str, solver: Any) -> SolverLoop:
-    if not isinstance(solver, str | SolverLoop):
-        raise TypeError(
-            f"fixed_point({name}={solver!r}): expected a Solver such as Anderson(tol=1e-6), or a registered name."
-        )
-    return as_solver(solver)
 
 
 def checked_layout(name: str, f: Any, z0: Tree, batch_dims: int) -> Layout:

@@ -85,6 +85,7 @@ class System:
         guards: whether a derivative may be wanted of what f closes over.
         maps: per vmap around it, innermost first: the number of instances and the mapped dimension of each θ.
         looks: evaluations of f that were made to see what it closes over.
+        search: (z0 (B, D), *θ) -> (B, D), one instance, for a solver that does without `image`.
     """
 
     image: Image
@@ -99,6 +100,7 @@ class System:
     guards: bool
     maps: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
     looks: int = 0
+    search: Image | None = None
 
     def __call__(self, z: Tensor, *theta: Tensor) -> Tensor:
         """f(z, θ), (B, D), under the states of the forward pass. Can be differentiated and mapped."""
@@ -268,6 +270,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_old_vmap()
         g, (z, *theta) = grads[0], ctx.saved_tensors
         if g is None:
             return (None,) * (2 + len(theta))
@@ -507,6 +510,17 @@ def _second_order(
 
 
 # What f closes over -------------------------------------------------------------------------------------
+
+
+def refuse_old_vmap() -> None:
+    """Raise under the vmap inside torch.autograd, which no custom Function can follow."""
+    level = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    if level > 1:
+        raise RuntimeError(
+            "is_grads_batched=True of torch.autograd.grad and vectorize=True of torch.autograd.functional map over a "
+            "fixed-point solve with an old vmap that cannot see into it. Use torch.func.jacrev, jacfwd, hessian, vmap."
+        )
 
 
 def _map_levels(t: Any) -> set[int]:

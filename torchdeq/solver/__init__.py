@@ -25,6 +25,7 @@ from torchdeq.solver.maps import AffineMap
 from torchdeq.solver.module import SolverModule
 from torchdeq.solver.multisecant import Multisecant
 from torchdeq.solver.neumann import Neumann
+from torchdeq.solver.newton_cg import NewtonCG
 from torchdeq.solver.newton_krylov import NewtonKrylov
 from torchdeq.solver.registry import SOLVERS, FunctionSolver, as_solver, register_solver
 from torchdeq.solver.rre import RRE
@@ -48,6 +49,7 @@ __all__ = [
     "FunctionSolver",
     "Multisecant",
     "Neumann",
+    "NewtonCG",
     "NewtonKrylov",
     "SimpleFixedPointIteration",
     "Solver",
