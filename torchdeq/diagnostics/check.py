@@ -70,8 +70,9 @@ def check_fixed_point(
     * `learns`: f depends on tensors that require a gradient.
 
     A fault in f is reported and not raised. Nothing is changed: z0, torch's random state, and the buffers, tensors,
-    attributes and `.grad` of what f is seen to hold are put back. f is evaluated some tens of times. What its modules
-    have for hooks runs too. In half precision only gross errors of a derivative can be seen.
+    attributes and `.grad` of what f is seen to hold are put back. Only a parameter that f itself writes to is named and
+    not restored. Hooks of modules run. f is evaluated some tens of times; the first examination in a process may wait
+    some seconds for parts of torch to load. In half precision only gross errors of a derivative can be seen.
 
     Arguments:
         f: the map, as for `torchdeq.DEQ`, in the mode (train or eval) in which it will be used.
