@@ -255,6 +255,25 @@ def test_duals_of_forward_ad():
     assert largest_gap(tuple(got), want) < 1e-10
 
 
+def nested(solve):
+    """An equilibrium in every evaluation of another."""
+
+    def inner(y, z, w):
+        return torch.tanh(w @ y / 2 + z)
+
+    def outer(z, w, x):
+        return torch.sin(solve(inner, torch.zeros_like(z), z, w)) / 2 + x / 3
+
+    return lambda w, x: solve(outer, zeros_of(x), w, x)
+
+
+@pytest.mark.parametrize("name", ["jacrev", "jacfwd", "jvp of grad", "vmap of grad"])
+def test_an_equilibrium_within_another(name):
+    transform = TRANSFORMS[name]
+    got, want = (transform(nested(solve))(W, X[0]) for solve in (implicit, unrolled))
+    assert largest_gap(got, want) < 1e-8
+
+
 def test_the_gradient_is_that_of_deq():
     x = X.clone().requires_grad_()
     w = W.clone().requires_grad_()

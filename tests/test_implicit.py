@@ -16,6 +16,7 @@ from torchdeq import (
     ConvergenceError,
     ConvergenceWarning,
     NewtonCG,
+    fixed_point,
     implicit_minimum,
     implicit_root,
 )
@@ -335,6 +336,31 @@ def test_meta_learning_steps_through_an_inner_problem():
     total = lambda g: lambda w0: vmap(g, (None, 0, 0))(w0, task_x, task_y).mean()  # noqa: E731
     assert torch.allclose(grad(total(proper))(w0), grad(total(closed))(w0), atol=1e-9)
     assert torch.allclose(hessian(total(proper))(w0), hessian(total(closed))(w0), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [hessian, lambda g: jacrev(jacrev(g)), lambda g: jacfwd(jacfwd(g))],
+    ids=["hessian", "reverse", "forward"],
+)
+def test_an_objective_may_hold_an_equilibrium(second):
+    """Its gradient is taken by a transform of its own, which has ended when the outer derivatives are made."""
+
+    def unrolled(f, z, y):
+        for _ in range(60):
+            z = f(z, y)
+        return z
+
+    def outer(solve):
+        def objective(y, c):
+            z = solve(lambda z, y: torch.tanh(z) / 2 + y, torch.zeros_like(y), y)
+            return (z - c).square().sum() + y.square().sum() / 10
+
+        return lambda c: implicit_minimum(objective, torch.zeros_like(c), c).square().sum()
+
+    c = torch.tensor([0.5, 1.0], dtype=F64)
+    solved = lambda f, z, y: fixed_point(f, z, y, solver=Anderson(tol=1e-13), adjoint=GMRES(tol=1e-12))  # noqa: E731
+    assert torch.allclose(second(outer(solved))(c), second(outer(unrolled))(c), atol=1e-8)
 
 
 # No minimum ---------------------------------------------------------------------------------------------

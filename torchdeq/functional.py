@@ -149,10 +149,13 @@ def solve_map(
     leaves, spec = optree.tree_flatten(theta)  # type: ignore[arg-type]
     wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in wanted]
+    others = [
+        None if isinstance(leaf, Tensor) else leaf for leaf in leaves
+    ]  # keeps no tensor of a transform alive
 
     def of_tensors(g: Callable[..., Any]) -> Callable[..., Any]:
         def called(z: Tensor, *tensors: Tensor) -> Any:
-            full = list(leaves)
+            full = list(others)
             for i, t in zip(wanted, tensors, strict=True):
                 full[i] = t
             return g(z, *optree.tree_unflatten(spec, full))

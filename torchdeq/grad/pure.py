@@ -181,7 +181,8 @@ _CLOSES_OVER = (
     "f closes over a tensor that is being differentiated or mapped. Only what f takes as an argument is seen here, so "
     "that derivative would be lost without a word. Pass the tensor in theta: fixed_point(lambda z, w: ..., z0, w). For "
     "the parameters of a module: fixed_point(lambda z, p: torch.func.functional_call(module, p, (z,)), z0, "
-    "dict(module.named_parameters())). If it is a constant, detach() it. DEQ takes an f that closes over what it needs."
+    "dict(module.named_parameters())). If it is a constant, detach() it; if f differentiates within, let it use "
+    "torch.func.grad. DEQ takes an f that closes over what it needs."
 )
 
 
@@ -238,7 +239,7 @@ def _forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(rule)
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
-            return rule(ctx, tangents, [_primal(t) for t in ctx.saved_tensors])
+            return rule(ctx, tangents, [_primal(t) for t in _saved(ctx)])
 
     return jvp
 
@@ -271,7 +272,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         refuse_old_vmap()
-        g, (z, *theta) = grads[0], ctx.saved_tensors
+        g, (z, *theta) = grads[0], _saved(ctx)
         if g is None:
             return (None,) * (2 + len(theta))
         wants = ctx.needs_input_grad[2:]
@@ -320,7 +321,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        w, (u, z, *theta) = grads[0], ctx.saved_tensors
+        w, (u, z, *theta) = grads[0], _saved(ctx)
         if w is None:
             return (None,) * (3 + len(theta))
         v = _Tangent.apply(ctx.system, w, z, *theta)
@@ -359,7 +360,7 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        w, (v, z, *theta) = grads[0], ctx.saved_tensors
+        w, (v, z, *theta) = grads[0], _saved(ctx)
         if w is None:
             return (None,) * (3 + len(theta))
         u = _Adjoint.apply(ctx.system, w, z, *theta)
@@ -392,6 +393,20 @@ def _remember(ctx: Any, system: System, *tensors: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What `_remember` saved, without the wrappers of transforms that have ended since.
+
+    Other operations take those off; torch.func.vjp fails over them.
+    """
+    return tuple(_alive(t) for t in ctx.saved_tensors)
+
+
+def _alive(t: Tensor) -> Tensor:
+    while (inner := torch._C._functorch.unwrap_if_dead(t)) is not t:
+        t = inner
+    return t
 
 
 def _folded(
