@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -54,3 +54,18 @@ def refuse_transforms(what: Callable[[], str]) -> None:
             f"vjp, jvp, jacrev, jacfwd, hessian, vmap) cannot follow. Use torchdeq.fixed_point(f, z0, *theta), which "
             f"takes it as arguments and works under all of them; or torch.autograd.grad and backward()."
         )
+
+
+@contextmanager
+def one_cotangent() -> Iterator[None]:
+    """A backward pass that solves: where it is asked for many cotangents at once, torch's error says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Batching rule" in str(error):
+            error.add_note(
+                "The backward pass of a DEQ solves for one cotangent at a time. Instead of is_grads_batched=True or "
+                "vectorize=True use a loop, or torchdeq.fixed_point with torch.func.jacrev or vmap, where each "
+                "cotangent is a sample of the solve."
+            )
+        raise

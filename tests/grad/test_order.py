@@ -400,3 +400,12 @@ def test_single_precision():
     assert len(solves) == 1
     want = third(unrolled, w.detach().double().requires_grad_(), x.detach().double().requires_grad_())
     assert error([g.double() for g in third(f, w, x)], want) < 1e-4  # the tolerance, ten times
+
+
+@pytest.mark.parametrize("method", [IFT(), IFT(hook=True), IFT(order=2)], ids=repr)
+def test_many_cotangents_at_once_are_refused_and_the_functional_form_is_named(method):
+    w, x = weights()
+    z = DEQ(PICARD, method)(TanhMap(w, x), torch.zeros_like(x))[0]
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(z, x, torch.stack([cotangent(x)] * 3), is_grads_batched=True)
+    assert any("torchdeq.fixed_point" in note for note in caught.value.__notes__)

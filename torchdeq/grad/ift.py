@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdeq._modes import join_dual, refuse_transforms, split_dual
+from torchdeq._modes import join_dual, one_cotangent, refuse_transforms, split_dual
 from torchdeq._replay import AutocastState, RandomState
 from torchdeq._state import Map, with_tangents
 from torchdeq.grad.adjoint import solve_adjoint
@@ -50,7 +50,8 @@ class IFT(GradMethod):
             right-hand side, per sample. Krylov solvers need the fewest products with Jᵀ; any solver works.
         hook: False: the backward pass evaluates f once more at z* and solves on that graph, in an
             autograd Function. True: it solves on the graph of the forward's tracked call, in a tensor
-            hook: one evaluation less, while that graph is kept alive between forward and backward.
+            hook: one evaluation less, while that graph is kept alive between forward and backward. Not within a
+            non-reentrant checkpoint, which would make that graph, and the solve before it, again for each product.
         order: k ≥ 1, how many times the result may be differentiated in reverse mode; once more raises an error. A
             forward-mode tangent does not count: a Hessian–vector product by a tangent of a gradient, or by the
             gradient of a tangent, is right with order=1. More than 1 is for hook=False.
@@ -152,7 +153,7 @@ class IFT(GradMethod):
         def solve(g: Tensor | None) -> Tensor | None:
             if g is None:  # an undefined gradient stands for zero
                 return None
-            with torch.no_grad():
+            with torch.no_grad(), one_cotangent():
                 u, solution = solve_adjoint(vjp_of(fz, z), g, self.solver, layout)
             report(solution)
             return first_order_only(u, g, fz)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq._modes import in_dual_level, join_dual, split_dual
+from torchdeq._modes import in_dual_level, join_dual, one_cotangent, split_dual
 from torchdeq.grad.inverse import Applied, Inverse, is_number
 
 
@@ -94,7 +94,8 @@ class _Lifted(torch.autograd.Function):
         if w is None and w_o is None:
             return (None,) * 5
         both = w if w_o is None else w_o if w is None else w + w_o
-        return *ctx.lift.pull(both, w_o, *ctx.saved_tensors, first=ctx.first), None, None, None
+        with one_cotangent():
+            return *ctx.lift.pull(both, w_o, *ctx.saved_tensors, first=ctx.first), None, None, None
 
 
 class _Gate(torch.autograd.Function):
