@@ -437,7 +437,7 @@ class _Examination:
         solver, why = "Multisecant()", f"with a spectral radius of {radius:.2g} acceleration pays"
         if radius < 0.2:
             solver, why = "FixedPointIteration()", f"each plain step leaves {radius:.2g} of the error"
-        grad, reason = "IFT()", "GMRES, its default, needs the fewest products with Jᵀ"
+        grad, reason = "IFT()", "the adjoint solver of IFT, GMRES, needs the fewest products with Jᵀ"
         if self.contraction.symmetric and radius < 1:
             grad, reason = (
                 "IFT(solver=CG(tol=1e-5))",
