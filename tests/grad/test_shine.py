@@ -86,7 +86,7 @@ def adjoint_of(solver, f, z0, g, **options):
         (Anderson(m=3, lam=0.0), type_two),
         (Anderson(m=3, lam=0.0, tau=0.4), type_two),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),
 )
 def test_is_the_matrix_of_the_updates_written_out_one_after_the_other(solver, recursion):
     """For iterates and residuals at random, in two samples; beyond the memory limit, of the last m. The recursions give
