@@ -9,11 +9,22 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from torchdeq import GRADS, Multisecant, as_grad
+from torchdeq import (
+    GRADS,
+    JFB,
+    Multisecant,
+    NeumannPhantom,
+    PhantomGrad,
+    SimpleFixedPointIteration,
+    TruncatedCycle,
+    Unroll,
+    as_grad,
+)
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("derivatives", "memory", "peers", "problems", "record", "report", "solvers")
+MODULES = ("derivatives", "gradients", "memory", "models", "peers", "problems", "record", "report", "solvers")
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +118,39 @@ def test_a_quick_run_measures_what_derivatives_cost(bench: ModuleType, tmp_path:
     text = (tmp_path / "derivatives.md").read_text(encoding="utf-8")
     assert text.count("| `fixed_point` ") == 4
     assert text.count("| `IFT(order=2)` ") == 4
+
+
+@pytest.fixture
+def gradients(bench: ModuleType) -> ModuleType:
+    """benchmarks/gradients.py, beside the others."""
+    return importlib.import_module("gradients")
+
+
+def test_a_quick_run_compares_every_method_on_three_models(gradients: ModuleType, tmp_path: Path):
+    gradients.main(["--quick", "--out", str(tmp_path)])
+    text = (tmp_path / "gradients.md").read_text(encoding="utf-8")
+    candidates = gradients.methods(Multisecant(stop_mode="rel"))
+    assert {type(c.grad) for c in candidates} == {type(as_grad(name)) for name in GRADS}
+    comparison, training = text.split("## Training")
+    for c in candidates:
+        assert comparison.count(f"| `{c.name}` ") == 3
+    assert "failed" not in comparison
+    for name in gradients.TRAINED:
+        assert training.count(f"| `{name}` ") == len(gradients.RATES)
+    assert (tmp_path / "gradients.png").stat().st_size > 10_000
+
+
+def test_calls_and_products_are_counted_where_they_are_known(gradients: ModuleType):
+    w = torch.tensor([[0.5, 0.1], [0.0, 0.4]], dtype=torch.float64, requires_grad=True)
+    x = torch.ones(3, 2, dtype=torch.float64)
+    picard = SimpleFixedPointIteration(max_iter=7)
+    for grad, calls, passes in (
+        (JFB(), 7 + 1, 1),
+        (PhantomGrad(steps=3), 7 + 3, 3),
+        (NeumannPhantom(terms=3), 7 + 1, 3 + 1),  # the last term goes to the residual, and one product to w
+        (Unroll(checkpoint=True), 2 * 7 + 1, 7),
+        (TruncatedCycle(grad_steps=2), 7, 2),
+    ):
+        layer = gradients.Counting(picard.replace(tol=math.inf), grad)
+        layer(lambda z: torch.tanh(z @ w.T + x), torch.zeros_like(x))[0].sum().backward()
+        assert (layer.calls, layer.passes) == (calls, passes), grad
