@@ -216,16 +216,16 @@ def jaxopt_answers(
         return torch.tensor(jax.device_get(value).tolist(), dtype=torch.float64)
 
     def gradient() -> Tensor:
-        grads = jax.grad(lambda theta: ((forces(theta) - wanted) ** 2).mean())(theta)
+        grads = jax.jit(jax.grad(lambda theta: ((forces(theta) - wanted) ** 2).mean()))(theta)
         return torch.cat([back(g).reshape(-1) for g in grads])
 
     return answers(
         only,
-        energy=lambda: back(jax.vmap(energy, in_axes=(0, None))(xs, theta)),
-        forces=lambda: back(forces(theta)),
+        energy=lambda: back(jax.jit(jax.vmap(energy, in_axes=(0, None)))(xs, theta)),
+        forces=lambda: back(jax.jit(forces)(theta)),
         gradient=gradient,
-        reverse=lambda: back(jax.jacrev(jax.jacrev(energy))(xs[0], theta)).reshape(size, size),
-        forward=lambda: back(jax.jacfwd(jax.jacrev(energy))(xs[0], theta)).reshape(size, size),
+        reverse=lambda: back(jax.jit(jax.jacrev(jax.jacrev(energy)))(xs[0], theta)).reshape(size, size),
+        forward=lambda: back(jax.jit(jax.jacfwd(jax.jacrev(energy)))(xs[0], theta)).reshape(size, size),
     )
 
 
