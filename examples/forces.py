@@ -264,7 +264,7 @@ def fit(model: Cluster, x: Tensor, wanted: Tensor, steps: int) -> list[float]:
 
 
 def table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], form: str) -> str:
-    lines = [f"{'':22}" + "".join(f"{name:>12}" for name in head)]
+    lines = [f"{'':22}" + "".join(f"{name:>12}" for name in head)] if head else []
     return "\n".join(
         lines + [f"{name:22}" + "".join(f"{v:12{form}}" for v in values) for name, values in rows]
     )
@@ -288,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the geometries (default: 0)")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
 
     generator = torch.Generator().manual_seed(args.seed)
     train, test = shaken(args.configurations, generator), shaken(16, generator)
@@ -321,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
 
     pure, fixed = agreement(model, test)
     print("\nForces of the module, relative difference")
-    print(table([""], [("from fixed_point", [pure]), ("Hellmann–Feynman", [fixed])], ".1e"))
+    print(table((), [("from fixed_point", [pure]), ("Hellmann–Feynman", [fixed])], ".1e"))
     print(
         "\nMade smaller or artificial: eight ions in vacuum and five parameters; reference forces from the same\n"
         "model, without noise, where in practice they come from quantum chemistry; one soft distance for all pairs;\n"
