@@ -205,8 +205,8 @@ class FlatMap:
             raise RuntimeError(
                 "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) were asked where they "
                 "would be wrong: what a tangent carried through the steps of a solve, or through some of them, would "
-                "give is not the tangent of the solution. Use DEQ(grad=IFT()) or torchdeq.fixed_point, whose tangents "
-                "are exact; or backward() and torch.autograd.grad."
+                "give is not the tangent of the solution. DEQ(grad=IFT()) has exact ones under forward_ad, and "
+                "torchdeq.fixed_point under torch.func too; or use backward() and torch.autograd.grad."
             )
         return fz
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchdeq._held import hold, release
 from torchdeq._method import Method
-from torchdeq._modes import in_dual_level
+from torchdeq._modes import in_dual_level, refuse_transforms
 from torchdeq._state import Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
@@ -234,6 +234,7 @@ def solve_and_attach(
             states += method.attach(flat, z, on_backward=on_backward)
         states += last
     else:
+        refuse_transforms(lambda: "DEQ")
         solution = solver.run(flat, start, record=record)
         if ours:
             release(held)

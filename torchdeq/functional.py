@@ -44,21 +44,22 @@ def fixed_point(
     """z* = f(z*, *theta), as a function of theta that can be differentiated and mapped like any other.
 
     Reverse and forward mode, to any order, in any nesting: `backward`, `torch.autograd.grad` with `create_graph`,
-    `torch.autograd.forward_ad`, and torch.func's grad, vjp, jvp, jacrev, jacfwd, hessian and vmap. Under vmap each
-    instance is solved as a sample of its own.
+    `torch.autograd.forward_ad`, and torch.func's grad, vjp, jvp, jacrev, jacfwd, hessian and vmap; not linearize,
+    which traces what it sees. Under vmap each instance is solved as a sample of its own.
 
     Arguments:
         f: a pure function (z, *theta) -> z of the structure, shapes and dtypes of z. What it should be differentiated
-            by, it takes as an argument: to close over a tensor that wants a derivative is an error.
+            by, it takes as an argument: to close over a tensor that wants a derivative is an error. It is looked for
+            at z0; what f reaches only elsewhere, behind a Python `if`, is not seen.
         z0: the start, a tensor or a pytree of tensors, real or complex. It gets no derivative, as a fixed point does
             not depend on where a solver began.
         *theta: pytrees of whatever f takes. Tensors in them are differentiated if they want it; integers, flags,
             None and other objects are handed on.
         solver: the forward solver, an object or a registered name. None: `Multisecant` with a relative tolerance of
-            ε^⅔, that is 2.4e-5 in float32 and 3.7e-11 in float64, and at most 200 evaluations. A derivative is as
-            wrong as the state is, and a second difference of states, as in gradcheck, wants more digits than a model
-            in training. ε is that of the narrowest dtype in z0 or autocast. If z* = 0 use a solver with an absolute
-            tolerance: no residual is small beside nothing.
+            ε^⅔, that is 2.4e-5 in float32 and 3.7e-11 in float64, or ε in half precision, and at most 200
+            evaluations. A derivative is as wrong as the state is, and a second difference of states, as in gradcheck,
+            wants more digits than a model in training. ε is that of the narrowest dtype in z0 or autocast. If z* = 0
+            use a solver with an absolute tolerance: no residual is small beside nothing.
         adjoint: solves the linear systems of all derivatives, an object or a name; its tolerance is relative to the
             right-hand side. None: `GMRES`, with the same tolerance and number of products.
         batch_dims: how many leading dimensions of z0 count samples. 0: the state is one system, whatever its shape,
@@ -202,10 +203,11 @@ def _no_inference() -> Iterator[None]:
 
 
 def default_tol(layout: Layout, z0: Tree) -> float:
-    """ε^⅔, to two digits, of the narrowest dtype that f computes in."""
+    """ε^⅔, to two digits, of the narrowest dtype that f computes in; of a half-precision one ε."""
     amp = AutocastState.capture(optree.tree_leaves(z0)[0].device)
     dtypes = [*layout.dtypes, *([amp.dtype] if amp.enabled else [])]
-    return float(f"{max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3):.1e}")
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return float(f"{eps if eps > 1e-4 else eps ** (2 / 3):.1e}")
 
 
 def as_loop(name: str, solver: Any, default: SolverLoop) -> SolverLoop:

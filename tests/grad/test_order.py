@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from tests.problems import F64, CoupledMap, TanhMap, cotangent, error, solve_exactly
-from torchdeq import DEQ, GMRES, IFT, Anderson, Broyden, FixedPointIteration, Neumann, Solver
+from torchdeq import (
+    DEQ,
+    GMRES,
+    IFT,
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    FixedPointIteration,
+    Neumann,
+    Solver,
+)
 
 ADJOINT = GMRES(tol=1e-13, max_iter=60)
 PICARD = FixedPointIteration(tol=1e-14, max_iter=400)
@@ -409,3 +419,71 @@ def test_many_cotangents_at_once_are_refused_and_the_functional_form_is_named(me
     with pytest.raises(RuntimeError) as caught:
         torch.autograd.grad(z, x, torch.stack([cotangent(x)] * 3), is_grads_batched=True)
     assert any("torchdeq.fixed_point" in note for note in caught.value.__notes__)
+
+
+def test_a_large_sample_does_not_hide_a_small_one():
+    """Whether the cotangents of a lower lift cancel is asked of each sample."""
+    x = torch.tensor([[0.3], [0.7]], dtype=F64, requires_grad=True)
+    first = torch.tensor([[1.0], [0.0]], dtype=F64)
+
+    def second_of(size: float, solve: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+        z = solve(lambda z: first * (0.5 * z + x) + (1 - first) * torch.tanh(0.5 * z + x))
+        (g,) = torch.autograd.grad((first * size * z**2 / 2 + (1 - first) * z).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.sum(), x)[0]
+
+    def by_steps(f: Callable[[Tensor], Tensor]) -> Tensor:
+        z = torch.zeros(2, 1, dtype=F64)
+        for _ in range(100):
+            z = f(z)
+        return z
+
+    deq = DEQ(PICARD, IFT(solver=ADJOINT, order=2))
+    for size in (1.0, 1e9, 1e13):
+        got = second_of(size, lambda f: deq(f, torch.zeros(2, 1, dtype=F64))[0])
+        want = second_of(size, by_steps)
+        assert ((got - want).abs() / want.abs()).max() < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-160, 1e120, 1e160])
+def test_the_scale_of_a_loss_may_be_extreme(scale):
+    w, x = weights()
+
+    def scaled(solve: Model) -> Sequence[Tensor]:
+        (g,) = torch.autograd.grad(scale * (solve(w, x) ** 3).sum(), x, create_graph=True)
+        return [h / scale for h in torch.autograd.grad(g.sum(), (w, x))]
+
+    assert error(scaled(model(2)), scaled(unrolled)) < 1e-11
+
+
+def test_a_tangent_that_is_not_a_number_spoils_its_own_sample_only():
+    x = torch.tensor([[0.0], [2.0]], dtype=F64, requires_grad=True)
+
+    def tangent(solve: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            moved = forward_ad.make_dual(x, torch.tensor([[0.0], [1.0]], dtype=F64))
+            z = solve(lambda z: 0.5 * z + moved.sin())
+            (g,) = torch.autograd.grad(z.clamp_min(0).pow(1.5).sum(), x)
+            return forward_ad.unpack_dual(g).tangent
+
+    def by_steps(f: Callable[[Tensor], Tensor]) -> Tensor:
+        z = torch.zeros(2, 1, dtype=F64)
+        for _ in range(100):
+            z = f(z)
+        return z
+
+    want = tangent(by_steps)
+    for order in (1, 2):
+        deq = DEQ(PICARD, IFT(solver=ADJOINT, order=order))
+        with pytest.warns(ConvergenceWarning, match="non-finite"):
+            got = tangent(lambda f, deq=deq: deq(f, torch.zeros(2, 1, dtype=F64))[0])
+        assert got[0].isnan().all()
+        assert abs(got[1] - want[1]) < 1e-12 * abs(want[1])
+
+
+def test_weights_that_have_moved_a_little_between_the_passes_are_noticed():
+    w, x = weights()
+    z = model(1)(w, x)
+    with torch.no_grad():
+        w += 1e-4
+    with pytest.raises(RuntimeError, match="another value"):
+        torch.autograd.grad(z.sum(), x)

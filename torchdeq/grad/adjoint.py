@@ -26,6 +26,7 @@ def solve_adjoint(
     layout: Layout | None = None,
     *,
     preconditioner: Map | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Solution]:
     """Solve u = Jᵀ u + g.
 
@@ -35,15 +36,17 @@ def solve_adjoint(
 
     Arguments:
         vjp: u -> Jᵀ u, (B, D) -> (B, D).
-        g: the cotangent, (B, D).
+        g: the cotangent, (B, D). A sample's that is smaller than the largest by more than the square root of the
+            dtype's smallest number (1e-19 in float32) counts as none.
         solver: any solver; its `tol` is relative to ‖g‖.
         layout: which leaves the D numbers belong to, for a solver with norm='max'; None if that is not known.
         preconditioner: a linear map near (I − Jᵀ)⁻¹, (B, D) -> (B, D), for a Krylov solver. The solution is the same.
+        scale: (B,), what the tolerance is relative to where it is more than ‖g‖: the norm of what u is added to.
 
     Returns:
         u (B, D), and the `Solution`, whose residuals are ‖g − (I − Jᵀ) u‖ / ‖g‖ per sample.
     """
-    size = _norm(g)
+    size = _norm(g) if scale is None else torch.maximum(_norm(g), scale)
     # A cotangent that is not finite is its own sample's: what it asks for is not a number, and says nothing of others.
     known = size.isfinite()
     size = torch.where(known, size, 0.0)

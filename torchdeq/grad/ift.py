@@ -54,7 +54,8 @@ class IFT(GradMethod):
             non-reentrant checkpoint, which would make that graph, and the solve before it, again for each product.
         order: k ≥ 1, how many times the result may be differentiated in reverse mode; once more raises an error. A
             forward-mode tangent does not count: a Hessian–vector product by a tangent of a gradient, or by the
-            gradient of a tangent, is right with order=1. More than 1 is for hook=False.
+            gradient of a tangent, is right with order=1. The tangent of the gradient of a tangent needs one order more,
+            and is NaN without. More than 1 is for hook=False.
 
     Raises:
         ValueError: an argument is out of its range.

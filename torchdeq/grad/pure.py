@@ -201,13 +201,15 @@ class Bound:
         self.looks = 0  # evaluations that the solver does not know of
 
     def __call__(self, z: Tensor) -> Tensor:
-        before = None if z.is_inference() else z._version
+        inputs = [t for t in (z, *self.theta) if not t.is_inference()]
+        before = [t._version for t in inputs]
         first = self._first(z) if self.fresh else None
         fz = self.system(z, *self.theta) if first is None else first
-        if before is not None and z._version != before:
+        if before != [t._version for t in inputs]:
             raise RuntimeError(
-                "f changed its argument in place (an operation such as z.add_, z += … or z[…] = …). A "
-                "solver keeps its iterates, so f must return a new tensor: write z = z + … instead."
+                "f changed its argument in place (an operation such as z.add_, z += … or z[…] = …). A solver keeps "
+                "its iterates and evaluates f at the same theta again and again, so f must make new tensors: write "
+                "z = z + … instead."
             )
         return fz
 
@@ -321,6 +323,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_old_vmap()
         w, (u, z, *theta) = grads[0], _saved(ctx)
         if w is None:
             return (None,) * (3 + len(theta))
@@ -360,6 +363,7 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_old_vmap()
         w, (v, z, *theta) = grads[0], _saved(ctx)
         if w is None:
             return (None,) * (3 + len(theta))
