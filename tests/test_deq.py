@@ -268,3 +268,40 @@ def test_an_affine_map_is_one_for_the_module_too():
     assert solution.converged.all()
     assert torch.allclose(z, torch.full_like(z, 2.0))
     assert torch.allclose(torch.autograd.grad(z.sum(), b)[0], torch.full_like(b, 2.0))
+
+
+def test_what_is_changed_after_construction_is_what_runs():
+    f = TanhMap.make()
+    deq = DEQ(Anderson(tol=1e-10), IFT(solver=GMRES(tol=1e-10)))
+    deq.grad = PhantomGrad()
+    z = deq(f, f.z0)[0]
+    (got,) = torch.autograd.grad(z.sum(), f.x)
+    (want,) = torch.autograd.grad(f(z.detach()).sum(), f.x)
+    assert torch.allclose(got, want, atol=1e-8)
+    deq.grad = "jfb"
+    with pytest.raises(TypeError, match="grad='jfb'.*as_grad"):
+        deq(f, f.z0)
+    deq.grad, deq.throw = IFT(), True
+    with pytest.raises(ConvergenceError):
+        deq(f, f.z0, max_iter=2)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_solve_that_cannot_converge_for_dropout_says_so(held):
+    f, calls = TanhMap.make(), []
+
+    def noisy(z):
+        calls.append(z)
+        return 2 * torch.nn.functional.dropout(f(z), 0.5)
+
+    torch.manual_seed(0)
+    with pytest.warns(ConvergenceWarning) as caught:
+        DEQ(Anderson(max_iter=12), hold_noise=held)(noisy, f.z0)
+    assert ("draws random numbers" in str(caught[0].message)) != held
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    for _ in range(
+        1 if held else len(calls) - 1
+    ):  # the last call looked for the cause, and moved no generator
+        noisy(f.z0)
+    assert torch.equal(after, torch.rand(1))

@@ -25,6 +25,8 @@ from torch.nn.utils import parametrize
 
 from torchdeq._replay import RandomState
 
+_FEW = 100  # a longer container holds data rather than modules, and would take time at each solve
+
 
 def hold(
     f: Callable[..., Any],
@@ -51,6 +53,16 @@ def release(f: Callable[..., Any]) -> None:
     """The solve is over: the buffers take what its last evaluation made of them; later evaluations change nothing."""
     if isinstance(f, Held):
         f.release()
+
+
+def draws_noise(f: Callable[..., Any], z: Any, device: torch.device) -> bool:
+    """Whether f(z) draws random numbers. One call, which leaves the generators and the buffers as they were."""
+    held = hold(f)
+    release(held)
+    state = RandomState.capture(device)
+    with torch.no_grad(), state.again():
+        held(z)
+        return not state.is_now()
 
 
 class Held:
@@ -180,7 +192,8 @@ def modules_of(f: Callable[..., Any]) -> list[nn.Module]:
 
     f itself, the object it is a method of, the attributes of that object or of a callable one, the arguments of a
     `partial`; for a function what it closes over, its defaults and the globals it names. Functions among these are
-    looked through in the same way; of those that are globals, the ones of the same file.
+    looked through in the same way; of those that are globals, the ones of the same file. So are lists, tuples and
+    dictionaries of up to a hundred entries.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -198,6 +211,10 @@ def modules_of(f: Callable[..., Any]) -> list[nn.Module]:
         seen.add(id(part))
         if isinstance(part, nn.Module):
             found.append(part)
+        elif isinstance(part, list | tuple) and len(part) <= _FEW:
+            todo += part
+        elif isinstance(part, dict) and len(part) <= _FEW:
+            todo += part.values()
         elif isinstance(part, functools.partial):
             todo += [part.func, *part.args, *part.keywords.values()]
         elif isinstance(part, types.MethodType):

@@ -72,6 +72,12 @@ class RandomState:
         module = None if device.type == "cpu" else torch.get_device_module(device)
         return cls(device, torch.get_rng_state(), module.get_rng_state(device) if module else None)
 
+    def is_now(self) -> bool:
+        """Whether the generators are in these states."""
+        now = RandomState.capture(self.device)
+        own = self.own is None or now.own is None or torch.equal(now.own, self.own)
+        return own and torch.equal(now.cpu, self.cpu)
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """A context that begins with these states and leaves the generators as it found them."""

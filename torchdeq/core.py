@@ -18,7 +18,7 @@ from torch import nn
 from torchdeq._held import hold, release
 from torchdeq._state import Tree
 from torchdeq._suggest import did_you_mean
-from torchdeq.deq import FORWARD_REMEDY, solve_and_attach
+from torchdeq.deq import FORWARD_REMEDY, noise_in, solve_and_attach
 from torchdeq.diagnostics.spectral import spectral_radius
 from torchdeq.dropout import reset_dropout
 from torchdeq.grad.base import GradMethod
@@ -187,7 +187,7 @@ class DEQBase(nn.Module):
         else:
             solver = self._solver(max_iter, options)
             states, solution = solve_and_attach(f, z_init, solver, [self.last_method()], on_backward=report)
-        self._forward_report(solution)
+        self._forward_report(solution, lambda: noise_in(f, z_init))
         info = SolverStat.from_solution(solution)
         if not self.training:
             # Held and not released: to look at f changes no buffer.

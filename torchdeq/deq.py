@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor, nn
 
-from torchdeq._held import hold, release
+from torchdeq._held import draws_noise, hold, release
 from torchdeq._method import Method
 from torchdeq._modes import in_dual_level, refuse_transforms
 from torchdeq._state import Tree, layout_of
@@ -94,17 +95,7 @@ class DEQ(nn.Module):
                     f"DEQ({name}={value!r}): expected a Solver such as Anderson(tol=1e-4); as_solver makes one "
                     f"from a name."
                 )
-        methods: list[Any] = list(grad) if isinstance(grad, list | tuple) else [grad]
-        if not methods or not all(isinstance(method, GradMethod) for method in methods):
-            raise TypeError(
-                f"DEQ(grad={grad!r}): expected a GradMethod such as IFT() or a sequence of them; as_grad makes "
-                f"one from a name or a number of phantom steps."
-            )
-        if len(methods) not in (1, len(record) + 1):
-            raise ValueError(
-                f"DEQ(grad={grad!r}, record={list(record)}): expected one gradient method, or one for each of "
-                f"the {len(record)} recorded states and one for the solution, got {len(methods)}."
-            )
+        methods_for(grad, record)  # so that a wrong value raises here, not at the first call
         if batch_dims not in (0, 1, 2):
             raise ValueError(f"DEQ(batch_dims={batch_dims!r}): expected 0, 1 or 2.")
         stateful = (modules,) if isinstance(modules, nn.Module) else modules
@@ -123,9 +114,8 @@ class DEQ(nn.Module):
         # A tuple, so that they are not registered here: they are the caller's, who has them elsewhere.
         self.stateful = None if stateful is None else tuple(stateful)
         self.hold_noise = hold_noise
-        self._methods = methods * (len(record) + 1) if len(methods) == 1 else methods
         # Solvers that learn are submodules, also those inside a chain or a gradient method.
-        inside = [m for part in (solver, eval_solver, methods) for m in _modules_in(part)]
+        inside = [m for part in (solver, eval_solver, grad) for m in _modules_in(part)]
         outside = {id(solver), id(eval_solver)}
         inside = [m for m in dict.fromkeys(inside) if id(m) not in outside]
         if inside:
@@ -151,14 +141,15 @@ class DEQ(nn.Module):
             f,
             z0,
             solver.replace(**overrides),
-            self._methods,
+            methods_for(self.grad, self.record),
             record=self.record,
             batch_dims=self.batch_dims,
             on_backward=self._backward,
             modules=self.stateful,
             hold_noise=self.hold_noise,
         )
-        self._forward_report(solution)
+        self._forward_report.throw = self._backward_report.throw = self.throw
+        self._forward_report(solution, None if self.hold_noise else lambda: noise_in(f, z0))
         return states[-1], dataclasses.replace(solution, states=states[:-1])
 
     def _backward(self, solution: Solution) -> None:
@@ -182,6 +173,34 @@ class DEQ(nn.Module):
         if self.stateful is not None:  # by their class: one of them may hold this module
             options.append(f"modules=[{', '.join(type(module).__name__ for module in self.stateful)}]")
         return f"DEQ({', '.join([repr(self.solver), repr(self.grad), *options])})"
+
+
+def methods_for(grad: GradMethod | Sequence[GradMethod], record: Sequence[int]) -> list[GradMethod]:
+    """One gradient method for each recorded state and, last, one for the solution."""
+    methods: list[Any] = list(grad) if isinstance(grad, list | tuple) else [grad]
+    if not methods or not all(isinstance(method, GradMethod) for method in methods):
+        raise TypeError(
+            f"DEQ(grad={grad!r}): expected a GradMethod such as IFT() or a sequence of them; as_grad makes "
+            f"one from a name or a number of phantom steps."
+        )
+    if len(methods) not in (1, len(record) + 1):
+        raise ValueError(
+            f"DEQ(grad={grad!r}, record={list(record)}): expected one gradient method, or one for each of "
+            f"the {len(record)} recorded states and one for the solution, got {len(methods)}."
+        )
+    return methods * (len(record) + 1) if len(methods) == 1 else methods
+
+
+def noise_in(f: Callable[[Tree], Tree], z0: Tree) -> str | None:
+    """Why a solve could not converge, if it is that f draws random numbers. One call of f."""
+    device = optree.tree_leaves(z0)[0].device
+    if isinstance(f, AffineMap) or not draws_noise(f, z0, device):
+        return None
+    return (
+        "f draws random numbers at every call, for example in torch.nn.Dropout, so that there is no fixed point to "
+        "arrive at. DEQ(hold_noise=True) draws them once for a solve, and VariationalDropout keeps its mask until it "
+        "is reset."
+    )
 
 
 def _modules_in(part: Any) -> Iterator[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -181,16 +182,24 @@ class Reporter:
         self.throw = throw
         self.unconverged = 0
 
-    def __call__(self, solution: Solution) -> None:
-        """Look at one solution."""
+    def __call__(self, solution: Solution, cause: Callable[[], str | None] | None = None) -> None:
+        """Look at one solution.
+
+        Arguments:
+            solution: it.
+            cause: looks for a cause that is known to be one, and says what it is and what to do instead of the remedy;
+                None for nothing found. Called only if there is something to say.
+        """
         problem = solution.problem()
         if problem is None:
             return
         self.unconverged += 1
+        if not self.throw and self.unconverged > 1:
+            return
+        text = f"{problem} {(cause and cause()) or self.remedy}"
         if self.throw:
-            raise ConvergenceError(f"{problem} {self.remedy}")
-        if self.unconverged == 1:
-            warnings.warn(f"{problem} {self.remedy}", ConvergenceWarning, stacklevel=callers_level())
+            raise ConvergenceError(text)
+        warnings.warn(text, ConvergenceWarning, stacklevel=callers_level())
 
 
 def callers_level() -> int:

@@ -60,10 +60,7 @@ class Noise:
 
     def watch(self) -> None:
         """Called after the first evaluation."""
-        now = RandomState.capture(self.state.device)
-        self.drawn = not torch.equal(now.cpu, self.state.cpu)
-        if now.own is not None and self.state.own is not None:
-            self.drawn = self.drawn or not torch.equal(now.own, self.state.own)
+        self.drawn = not self.state.is_now()
 
     def __call__(self) -> AbstractContextManager[None]:
         """A context with these numbers; nothing if f draws none."""
