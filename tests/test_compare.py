@@ -165,6 +165,66 @@ def test_without_an_exact_gradient_there_is_no_table() -> None:
         compare_gradients(Linear(), lambda m, x: m(x * float("nan")).sum(), X)
 
 
+def test_no_grad_of_inputs_and_of_a_criterion_outside_the_model_is_touched() -> None:
+    x, criterion = X.double().requires_grad_(), nn.Linear(8, 1, dtype=torch.float64)
+    twice = 2 * x  # an input with a graph of its own
+    random = torch.get_rng_state()
+    table = compare_gradients(
+        Linear().double(), lambda m, x: criterion(m(x)).mean() + 0 * torch.rand(1), twice, repeats=2
+    )
+    assert rows(table)["IFT"].error < 1e-5
+    assert x.grad is None
+    assert criterion.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), random)
+    twice.sum().backward()  # its graph is still there
+
+
+def test_random_numbers_of_the_loss_are_the_same_for_all() -> None:
+    drop = nn.Dropout(0.5)
+    table = compare_gradients(Linear(), lambda m, x: drop(m(x)).square().sum(), X, repeats=1)
+    # Another mask would be an error of order one. Residuals of 1e-6 are amplified as without a mask.
+    assert rows(table)["IFT"].error < 1e-5
+
+
+@pytest.mark.parametrize("form", ["model", "map"])
+def test_a_loss_that_is_not_the_same_each_time_is_an_error(form: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(z: Tensor) -> Tensor:
+        return (z * torch.rand(z.shape, generator=generator, dtype=z.dtype)).sum()
+
+    call: tuple[Any, ...] = (Linear(), lambda m, x: noisy(m(x)), X)
+    if form == "map":
+        call = (DEQ(), linear_map()[0], torch.zeros(5, 8, dtype=torch.float64), noisy)
+    with pytest.raises(ValueError, match=r"the loss was \S+ and then .* torch.Generator"):
+        compare_gradients(*call, repeats=1)
+
+
+def test_a_zero_gradient_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the exact gradient is zero"):
+        compare_gradients(Linear(), lambda m, x: 0 * m(x).sum(), X, repeats=1)
+
+
+def test_a_deq_that_is_not_called_is_an_error() -> None:
+    outside = Linear().double()
+    for wrong in (lambda m, x: outside(x).sum() + m.w.sum(), lambda m, x: m.w.square().sum()):
+        with pytest.raises(ValueError, match="called no torchdeq.DEQ of the copy of Linear"):
+            compare_gradients(Linear().double(), wrong, X.double(), repeats=1)
+
+
+def test_recorded_states_are_no_obstacle_to_shine() -> None:
+    class Recorded(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            z, solution = self.deq(lambda z: z @ self.w.T + x, torch.zeros_like(x))
+            assert len(solution.states) == 1
+            return z
+
+    model = Recorded(deq=DEQ(Anderson(tol=1e-6, stop_mode="rel"), record=[2]))
+    found = rows(compare_gradients(model, loss, X, repeats=1))
+    assert not found["SHINE"].failure
+    assert found["SHINE, refined"].error < 1e-2  # its adjoint goes to the default tolerance of IFT
+
+
 # A map of the user's ------------------------------------------------------------------------------------
 
 

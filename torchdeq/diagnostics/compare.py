@@ -11,12 +11,21 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from torchdeq._replay import RandomState
 from torchdeq._state import Tree, layout_of
 from torchdeq.deq import DEQ
 from torchdeq.diagnostics.inside import Inside
 from torchdeq.diagnostics.leaves import leaves_of
 from torchdeq.diagnostics.table import Comparison
-from torchdeq.diagnostics.trials import MapTrial, ModelTrial, Trial, forward_solver, gradient_of, with_method
+from torchdeq.diagnostics.trials import (
+    MapTrial,
+    ModelTrial,
+    Trial,
+    forward_solver,
+    gradient_of,
+    own_leaves,
+    with_method,
+)
 from torchdeq.grad import (
     IFT,
     JFB,
@@ -28,7 +37,7 @@ from torchdeq.grad import (
     TruncatedCycle,
     Unroll,
 )
-from torchdeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning
+from torchdeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution
 from torchdeq.solver import (
     GMRES,
     Anderson,
@@ -136,7 +145,8 @@ def compare_gradients(
 
     * `compare_gradients(model, loss, *inputs)`: a model that contains at least one `DEQ`. It is not changed: each
       method works on a copy of it, in which every `DEQ` is replaced by one with this method. The gradient is that of
-      all parameters. The exact one comes from a copy in float64, solved forward and backward to `exact_tol`.
+      all parameters. The exact one comes from a copy in float64, solved forward and backward to `exact_tol`. Neither
+      the `.grad` of inputs nor torch's random state is changed.
     * `compare_gradients(deq, f, z0, loss)`: a `DEQ` by itself, and what it would be called with. The gradient is that
       of the leaf tensors that f depends on, and no `.grad` is touched. f cannot be cast, so the exact gradient is
       computed in the precision of z0, to `exact_tol` or as near as rounding lets it come, which the last line of the
@@ -147,8 +157,9 @@ def compare_gradients(
     Arguments:
         model: see above.
         loss: `loss(model, *inputs)` makes the scalar loss. It must get its tensors from these arguments, so
-            that it can be called in float64 too, and must give the same number each time: put dropout in
-            eval mode. In the second form, f.
+            that it can be called in float64 too, and must give the same number each time. All steps draw the same
+            random numbers of torch, which is enough for dropout on a CPU; elsewhere put it in eval mode. In the second
+            form, f.
         *inputs: tensors, or pytrees of them; floating-point ones are cast for the float64 run. In the second form, the
             start z0, and `loss(z)`, which makes the scalar loss from the solution.
         candidates: the methods to compare; None for `default_candidates`.
@@ -162,7 +173,8 @@ def compare_gradients(
         evaluates again in the backward pass, or `SHINE` keeps of the solve (marked °).
 
     Raises:
-        ValueError: the model has no DEQ, nothing wants a gradient, or `repeats` is below 1.
+        ValueError: the model has no DEQ or calls none, nothing wants a gradient, the exact gradient is zero, the loss
+            is not the same each time, or `repeats` is below 1.
         TypeError: the second form with something else than a `torchdeq.DEQ`.
         ConvergenceError: the reference did not converge, so that there is nothing to compare with.
 
@@ -221,18 +233,16 @@ def _compare_on_model(
             else ""
         )
         raise ValueError(f"compare_gradients: no parameter of the model has requires_grad=True.{hint}")
-    exact = _exact_on_model(model, loss, inputs, exact_tol)
     parameter = next(model.parameters())
-    return _compare(
-        [
-            ModelTrial(c.name, c.grad, c.solver, model, loss, inputs)
-            for c in candidates or _candidates_for(deqs[0])
-        ],
-        exact,
-        repeats,
-        parameter,
-        f"float64 to {exact_tol:.0e}",
-    )
+    # Outside the steps, which begin with these numbers each, only what the loss does to the generators is to undo.
+    with RandomState.capture(parameter.device).again():
+        exact = _exact_on_model(model, loss, inputs, exact_tol)
+
+        def trial(c: Candidate) -> ModelTrial:
+            return ModelTrial(c.name, c.grad, c.solver, model, loss, inputs)
+
+        trials = [trial(c) for c in candidates or _candidates_for(deqs[0])]
+        return _compare(trial, trials, exact, repeats, parameter, f"float64 to {exact_tol:.0e}")
 
 
 def _compare_on_map(
@@ -259,15 +269,26 @@ def _compare_on_map(
             trial, max(torch.finfo(dtype).eps for dtype in layout.dtypes), exact_tol, first.dtype
         )
         trials = [trial(c) for c in candidates or _candidates_for(deq)]
-        return _compare(trials, exact, repeats, first, precision)
+        return _compare(trial, trials, exact, repeats, first, precision)
 
 
 def _compare(
-    trials: Sequence[Trial], exact: Tensor, repeats: int, sample: Tensor, precision: str
+    make: Callable[[Candidate], Trial],
+    trials: Sequence[Trial],
+    exact: Tensor,
+    repeats: int,
+    sample: Tensor,
+    precision: str,
 ) -> Comparison:
+    if not bool(exact.any()):
+        raise ValueError(
+            "compare_gradients: the exact gradient is zero, so there is no relative error to give. Look for detach() "
+            "in the loss or for parameters that it does not reach; or take other inputs, if this is its minimum."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a column of the table says it
         warnings.simplefilter("ignore", CouplingWarning)
+        _check_repeatable(make, sample.dtype)
         for trial in trials:
             trial.measure(exact)
         for _ in range(repeats):
@@ -280,6 +301,18 @@ def _compare(
     return Comparison(rows=tuple(trial.row() for trial in trials), setting=setting)
 
 
+def _check_repeatable(make: Callable[[Candidate], Trial], dtype: torch.dtype) -> None:
+    """That one method, begun anew, gives one loss: what differs by more than that is the method's doing."""
+    candidate = Candidate(name="twice", grad=IFT())
+    once, twice = make(candidate).value(), make(candidate).value()
+    if abs(once - twice) > torch.finfo(dtype).eps ** 0.5 * max(abs(once), abs(twice)):
+        raise ValueError(
+            f"compare_gradients: the loss was {once:.6g} and then {twice:.6g}, with the same method, weights and "
+            f"random numbers of torch, so gradients cannot be compared. Look for what each call changes, such as a "
+            f"torch.Generator, random numbers of NumPy or Python, or a counter, and hold it fixed."
+        )
+
+
 def _candidates_for(deq: DEQ) -> list[Candidate]:
     last = deq.grad if isinstance(deq.grad, GradMethod) else deq.grad[-1]
     return default_candidates(forward_solver(deq), last.solver if isinstance(last, IFT) else None)
@@ -289,18 +322,26 @@ def _exact_on_model(model: nn.Module, loss: Callable[..., Tensor], inputs: Any, 
     """The gradient of all parameters in one vector, float64."""
     solver = Anderson(tol=tol, stop_mode="rel", max_iter=1000)
     method = IFT(solver=GMRES(tol=tol, max_iter=300))
-    exact = with_method(model, method, solver, [], [], throw=True).double()
+    called: list[Solution] = []
+    exact = with_method(model, method, solver, called, [], throw=True).double()
     cast: Any = optree.tree_map(
-        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, own_leaves(inputs)
     )
     try:
-        loss(exact, *cast).backward()
+        with RandomState.capture(next(model.parameters()).device).again():
+            found = gradient_of(loss(exact, *cast), exact)
     except ConvergenceError as error:
         raise ConvergenceError(
             f"compare_gradients: the float64 reference did not reach exact_tol={tol:.0e}, so there is no exact "
             f"gradient to compare with. {error}"
         ) from error
-    return gradient_of(exact)
+    if not called:
+        raise ValueError(
+            f"compare_gradients: loss(model, *inputs) called no torchdeq.DEQ of the copy of {type(model).__name__} it "
+            f"was given, so there is no gradient method to compare. It must call the model of its first argument, and "
+            f"that the DEQ."
+        )
+    return found
 
 
 def _exact_on_map(
@@ -316,7 +357,8 @@ def _exact_on_map(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", CouplingWarning)
-        exact = reference.step()
+        with reference.random.again():
+            exact = reference.step()
     forward = max(float(s.residual.max()) for s in reference.forward)
     adjoint = max((float(s.residual.max()) for s in reference.adjoint), default=0.0)
     allowed = max(tol, min(1e3 * eps, 0.1))

@@ -12,11 +12,12 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from torchdeq._replay import RandomState
 from torchdeq._state import Tree
 from torchdeq.deq import DEQ
 from torchdeq.diagnostics.memory import SavedBytes
 from torchdeq.diagnostics.table import Row
-from torchdeq.grad import SHINE, GradMethod, Reversible, Unroll
+from torchdeq.grad import IFT, SHINE, GradMethod, Reversible, Unroll
 from torchdeq.solution import Solution
 from torchdeq.solver import SolverLoop
 
@@ -41,9 +42,14 @@ class Trial:
         self.adjoint: list[Solution] = []
         self.seconds: list[float] = []
         self.failure = ""
+        self.random = RandomState.capture(device)
 
     def step(self) -> Tensor:
         """One forward and backward pass. Returns the gradient as one vector, float64."""
+        raise NotImplementedError
+
+    def value(self) -> float:
+        """The loss, without a gradient. The methods of a comparison are called with one sequence of random numbers."""
         raise NotImplementedError
 
     def kept(self) -> Iterable[Tensor]:
@@ -53,7 +59,7 @@ class Trial:
     def measure(self, exact: Tensor) -> None:
         """Everything but time. Serves as the step that warms up."""
         try:
-            with SavedBytes(ignore=self.kept()) as saved:
+            with self.random.again(), SavedBytes(ignore=self.kept()) as saved:
                 g = self.step().to(exact.device)
         except Exception as error:  # a method that is not for this model is a row of the table
             lines = str(error).strip().splitlines()
@@ -71,11 +77,12 @@ class Trial:
         """One more step."""
         if self.failure:
             return
-        _synchronise(self.device)
-        start = time.perf_counter()
-        self.step()
-        _synchronise(self.device)
-        self.seconds.append(time.perf_counter() - start)
+        with self.random.again():
+            _synchronise(self.device)
+            start = time.perf_counter()
+            self.step()
+            _synchronise(self.device)
+            self.seconds.append(time.perf_counter() - start)
 
     def row(self) -> Row:
         """The row of the table."""
@@ -113,16 +120,19 @@ class ModelTrial(Trial):
         inputs: Any,
     ):
         super().__init__(name, next(model.parameters()).device, _uncounted(grad))
-        self.loss, self.inputs = loss, inputs
+        self.loss, self.inputs = loss, own_leaves(inputs)
         self.model = with_method(model, grad, solver, self.forward, self.adjoint)
 
     def step(self) -> Tensor:
         """See `Trial.step`."""
         self.forward.clear()
         self.adjoint.clear()
-        self.model.zero_grad(set_to_none=True)
-        self.loss(self.model, *self.inputs).backward()
-        return gradient_of(self.model)
+        return gradient_of(self.loss(self.model, *self.inputs), self.model)
+
+    def value(self) -> float:
+        """See `Trial.value`."""
+        with torch.no_grad(), self.random.again():
+            return float(self.loss(self.model, *self.inputs))
 
     def kept(self) -> Iterable[Tensor]:
         """Parameters, buffers and inputs."""
@@ -160,6 +170,11 @@ class MapTrial(Trial):
         found = torch.autograd.grad(self.loss(z), self.wanted, retain_graph=True, allow_unused=True)
         return _one_vector(self.wanted, found)
 
+    def value(self) -> float:
+        """See `Trial.value`."""
+        with torch.no_grad(), self.random.again():
+            return float(self.loss(self.deq(self.f, self.z0)[0]))
+
     def kept(self) -> Iterable[Tensor]:
         """What the user has anyway."""
         return [*self.wanted, *self.exists, *optree.tree_leaves(self.z0)]
@@ -168,10 +183,14 @@ class MapTrial(Trial):
 def like(
     old: DEQ, grad: GradMethod, solver: SolverLoop | None, adjoint: list[Solution], *, throw: bool = False
 ) -> DEQ:
-    """A DEQ as `old` is, with another method, which notes down its adjoint solutions."""
+    """A DEQ as `old` is, with another method, which notes down its adjoint solutions.
+
+    Recorded states get the method too; `IFT` if it is `SHINE`, which knows the last state only.
+    """
+    several = [*[IFT()] * len(old.record), grad]
     new = DEQ(
         solver or forward_solver(old),
-        grad,
+        several if isinstance(grad, SHINE) else grad,
         record=old.record,
         batch_dims=old.batch_dims,
         throw=throw,
@@ -212,10 +231,17 @@ def forward_solver(deq: DEQ) -> SolverLoop:
     return deq.solver if deq.training or deq.eval_solver is None else deq.eval_solver
 
 
-def gradient_of(model: nn.Module) -> Tensor:
-    """All `.grad` in one vector, float64."""
+def gradient_of(loss: Tensor, model: nn.Module) -> Tensor:
+    """The gradient of the loss by all parameters, in one vector, float64. No `.grad` is touched, the loss's neither."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    return _one_vector(wanted, [p.grad for p in wanted])
+    return _one_vector(wanted, torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def own_leaves(inputs: Any) -> Any:
+    """The inputs as leaves that no graph of the user's leads to."""
+    return optree.tree_map(
+        lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, inputs
+    )
 
 
 def _uncounted(grad: GradMethod) -> bool:
