@@ -4,6 +4,7 @@
 torchdeq 0.1.0 (`get_deq`, `add_deq_args`, `backward_factory`, …) work as they did, where they were right.
 """
 
+from torchdeq import loss as loss
 from torchdeq.core import DEQBase, DEQIndexing, DEQSliced, get_deq, register_deq, reset_deq
 from torchdeq.deq import DEQ
 from torchdeq.dropout import (

@@ -32,9 +32,10 @@ from torchdeq.solver.base import SolverLoop, layout_of_map
 from torchdeq.solver.gmres import GMRES
 
 ADJOINT_REMEDY = (
-    "This was the adjoint solve of a backward pass, or that of a tangent: the gradient's relative error is about this "
-    "residual times the condition of I − J. Raise the adjoint solver's max_iter (b_max_iter) or its tol (b_tol), use "
-    "GMRES(), or keep ‖J‖ below 1 (normalise the weights, regularise the Jacobian)."
+    "This was the adjoint solve of a backward pass, or that of a tangent. The residual is relative to the right-hand "
+    "side, and the gradient's relative error is about this residual times the condition of I − J. Raise the adjoint "
+    "solver's max_iter (b_max_iter) or its tol (b_tol), use GMRES(), or keep ‖J‖ below 1 (normalise the weights, "
+    "regularise the Jacobian). An f in half precision allows no more than about 1e-2: IFT(solver=GMRES(tol=1e-2))."
 )
 
 
