@@ -247,10 +247,10 @@ class Normed(nn.Module):
 
 
 class Holder:
-    """An object with a module in a list, where DEQ does not look."""
+    """An object with a module in a long list, where DEQ does not look."""
 
     def __init__(self, module: nn.Module):
-        self.layers = [module]
+        self.layers = [module] * 200
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.layers[0](z)
@@ -485,6 +485,51 @@ def test_an_affine_map_is_a_map() -> None:
     assert faults(report) == []
     assert report.radius is not None
     assert report.radius.tolist() == pytest.approx([torch.linalg.eigvals(W).abs().max().item()] * BATCH)
+
+
+def test_an_f_that_changes_later_is_no_function() -> None:
+    calls: list[int] = []
+
+    def f(z: Tensor) -> Tensor:
+        calls.append(1)
+        return good(z) + (0.1 if len(calls) > 10 else 0.0)
+
+    report = check_fixed_point(f, Z0)
+    assert "function" in faults(report)
+    assert "at the end of the examination differs" in report["function"].text
+    assert report.use == ""
+
+
+def test_a_bend_sharper_than_quotients_can_see_is_no_fault_in_second_derivatives() -> None:
+    w = random_matrix(8, 1.0).float()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    # A step of ε^⅓ |z| = 50 is far beyond the bend of tanh, which is one long.
+    report = check_fixed_point(lambda z: 1e4 + torch.tanh((z - 1e4) @ w.T + x), torch.zeros(4, 8))
+    assert report["gradient"].verdict in ("note", "unknown")
+    assert report["second"].verdict == "unknown"
+    assert report.ok
+    assert report.use
+
+
+def test_what_passes_for_samples_apart_is_said() -> None:
+    x = X.float()
+    hidden = check_fixed_point(lambda z: torch.tanh(z @ W.float().T + x + 1e-5 * z.mean(0)), Z0.float())
+    assert hidden["samples"].verdict == "ok"
+    assert hidden["samples"].text.endswith("to relative 7e-04.")  # 2 √ε
+
+
+@pytest.mark.parametrize("how", ["raises", "not finite"])
+def test_samples_are_unknown_where_f_cannot_be_evaluated_beside_the_start(how: str) -> None:
+    def f(z: Tensor) -> Tensor:
+        if bool((z.abs() > 0.2).any()):  # never on the way, as |f| < 0.2
+            if how == "raises":
+                raise ValueError("out of range")
+            return z / 0
+        return 0.2 * torch.tanh(z @ W.T + X)
+
+    report = check_fixed_point(f, Z0)
+    assert report["samples"].verdict == "unknown"
+    assert "cannot be seen whether it couples" in report["samples"].text
 
 
 # States of every kind -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def check_fixed_point(
     * `runs`: f(z0) raises nothing and is finite.
     * `argument`: f does not change its argument in place.
     * `shape`: f keeps structure, shape and dtype of the state.
-    * `function`: f gives one value at one state.
+    * `function`: f gives one value at one state, at two calls in a row and at the end of the examination.
     * `buffers`: a call changes nothing in the modules and tensors that f is seen to hold, as batch normalisation does;
       or nothing but what DEQ holds during a solve.
     * `samples`: f treats samples apart, as `batch_dims` says.
@@ -139,6 +140,7 @@ class _Examination:
         self.at: Literal["solution", "z0"] = "z0"
         self.contraction: derivatives.Contraction | None = None
         self.hold_buffers = self.name_modules = self.hold_noise = False
+        self.early: tuple[Probe, Tensor, Tensor] | None = None  # where f was asked early on, and what it said
 
     def run(self) -> None:
         try:
@@ -149,6 +151,8 @@ class _Examination:
             for name in QUESTIONS:
                 if name not in self.findings:
                     self.add(name, "unknown", f"not examined, as {reason}.")
+        with contextlib.suppress(Unfit):
+            self.ask(self.lasts)
 
     def ask(self, question: Callable[[], None]) -> None:
         try:
@@ -232,6 +236,7 @@ class _Examination:
         if differ and self.hold_buffers:
             differ = self.apart(probe.value(z), probe.value(z))
         if not differ:
+            self.early = probe, z, probe.value(z)
             with_them = ", once its buffers are held" if self.hold_buffers else ""
             self.add("function", "ok", f"two calls at one state agree{with_them}.")
             return
@@ -247,6 +252,7 @@ class _Examination:
             )
             raise Unfit("f is not a function")
         self.hold_noise = True
+        self.early = probe, z, probe.value(z)
         droppers = self.training(nn.modules.dropout._DropoutNd)
         where = f" Dropout in training mode: {_some(droppers)}." if droppers else ""
         self.add(
@@ -256,6 +262,23 @@ class _Examination:
             f"numbers of one call.",
             "DEQ(…, hold_noise=True) draws them once for a solve. torchdeq.VariationalDropout and its kin hold a mask "
             "until reset_dropout().",
+        )
+
+    def lasts(self) -> None:
+        """`function` once more, after all calls."""
+        if self.early is None:
+            return
+        probe, z, value = self.early
+        if not self.apart(value, probe.value(z)):
+            return
+        self.hold_noise = False  # it would not help
+        self.add(
+            "function",
+            "fault",
+            "two calls of f in a row agree, but a call at the same state at the end of the examination differs: f "
+            "depends on something that changes with its calls or with time.",
+            "Make f a function of z alone for the time of a solve: look for counters, caches, schedules and tensors "
+            "that are written to now and then.",
         )
 
     def buffers(self) -> list[str]:
@@ -317,15 +340,26 @@ class _Examination:
                 "Give a z0 with two.",
             )
             return
-        if not mixes_samples(self.probe().value, self.z):
-            self.add("samples", "ok", f"f treats the {count} samples apart.")
+        mixed = mixes_samples(self.probe().value, self.z)
+        if mixed is None:
+            self.add(
+                "samples",
+                "unknown",
+                "beside z0 f raised an error or was not finite, so it cannot be seen whether it couples samples.",
+                "Give a z0 around which f can be evaluated.",
+            )
+            return
+        if not mixed:
+            # mixes_samples takes changes below √ε (‖a‖ + ‖b‖) for rounding.
+            level = 2 * math.sqrt(torch.finfo(self.z.dtype).eps)
+            self.add("samples", "ok", f"f treats the {count} samples apart, to relative {level:.0e}.")
             return
         # From here on samples are what f takes for samples.
         tree = self.layout.unravel(self.z)
         for lower in reversed(range(depth)):
             self.layout = layout_of(tree, lower)
             self.z = self.layout.ravel(tree)
-            if lower and not mixes_samples(self.probe().value, self.z):
+            if lower and mixes_samples(self.probe().value, self.z) is False:
                 break
         norms = self.training(nn.modules.batchnorm._BatchNorm)
         instead = f" Or replace {_some(norms)}: batch normalisation in training mode couples all samples."
@@ -378,13 +412,13 @@ class _Examination:
         self.put(derivatives.learns(probe) if graph is None else graph)
         if graph is not None:
             raise Unfit("f does not run under grad mode")
-        finding, reason = derivatives.gradient(probe, where)
-        self.put(finding)
+        finding_of_gradient, reason = derivatives.gradient(probe, where)
+        self.put(finding_of_gradient)
         if reason:
             raise Unfit(reason)
         finding, self.contraction = derivatives.contraction(probe, where, self.steps)
         self.put(finding)
-        self.put(derivatives.second(probe))
+        self.put(derivatives.second(probe, checked=finding_of_gradient.verdict == "ok"))
         self.put(derivatives.forward(probe))
 
     def put(self, finding: Finding) -> None:

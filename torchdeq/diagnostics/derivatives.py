@@ -169,8 +169,11 @@ def contraction(probe: Probe, where: str, steps: int) -> tuple[Finding, Contract
     return finding(verdict="note", text=f"{text} {near}", advice=mend), found
 
 
-def second(probe: Probe) -> Finding:
-    """Whether ⟨Jᵀu, d⟩ can be differentiated in u, which gives Jd, and in z."""
+def second(probe: Probe, *, checked: bool) -> Finding:
+    """Whether ⟨Jᵀu, d⟩ can be differentiated in u, which gives Jd, and in z.
+
+    `checked`: whether difference quotients were good for first derivatives. Else they decide nothing here.
+    """
     finding = functools.partial(Finding, name="second")
     d, e = probe.direction(), probe.direction()
     u = probe.cotangent(probe.quotient(d))
@@ -195,6 +198,12 @@ def second(probe: Probe) -> Finding:
     right = line.kink or line.confirms(0.0 if in_u is None else dot(in_u, u))
     if right and (bend.kink or bend.confirms(0.0 if in_z is None else dot(in_z, e))):
         return finding(verdict="ok", text="a product with Jᵀ can be differentiated again.")
+    if not checked:
+        return finding(
+            verdict="unknown",
+            text="a product with Jᵀ can be differentiated again, but difference quotients cannot check the result "
+            "there, as they could not check `gradient`.",
+        )
     return finding(
         verdict="fault",
         text="a product with Jᵀ can be differentiated again, but the result disagrees with difference quotients: "

@@ -34,10 +34,11 @@ def couples_samples(linear: Map, u: Tensor) -> bool:
     return bool((apart > level).any())
 
 
-def mixes_samples(f: Map, z: Tensor) -> bool:
+def mixes_samples(f: Map, z: Tensor) -> bool | None:
     """Whether f(z) of some samples changes when others do. Three evaluations, and a fourth if it seems so.
 
-    The samples are divided in two halves, at random but always alike. A coupling within both halves only is not seen.
+    The samples are divided in two halves, at random but always alike. A coupling within both halves only is not seen,
+    nor one that changes f(z) by less than √ε of its size. None if it cannot be asked: f raises or is not finite there.
 
     Arguments:
         f: (B, D) -> (B, D).
@@ -58,14 +59,15 @@ def mixes_samples(f: Map, z: Tensor) -> bool:
         moved = z + noise * torch.where(level > 0, level, level.mean().clamp_min(1e-6))[:, None]
         others, both = f(torch.where(half[:, None], z, moved)), f(moved)
     except Exception:  # f is not made for states off its way; a solve does not fail over a question
-        return False
+        return None
 
     def apart(a: Tensor, b: Tensor, where: Tensor) -> bool:
         allowed = math.sqrt(torch.finfo(z.dtype).eps) * (per_sample(a) + per_sample(b))
         return bool((where & (per_sample(a - b) > allowed)).any())
 
     if not (apart(here, others, half) or apart(others, both, ~half)):
-        return False
+        finite = all(bool(value.isfinite().all()) for value in (here, others, both))
+        return False if finite else None
     return not apart(here, f(z), half | True)  # an f that is random mixes nothing, it only looks so
 
 
