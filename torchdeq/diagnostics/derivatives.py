@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchdeq._state import per_sample
 from torchdeq.diagnostics.leaves import leaves_of
 from torchdeq.diagnostics.probe import Probe, Unfit, dot, told
 from torchdeq.diagnostics.report import Finding
@@ -151,7 +152,9 @@ def contraction(probe: Probe, where: str, steps: int) -> tuple[Finding, Contract
         jd, jtd = jvp(d), probe.vjp_or_zero(d)
     except Exception as error:
         return finding(verdict="unknown", text=f"its estimate raised {told(error)}"), None
-    symmetric = float(jd.norm()) > 0 and bool((jd - jtd).norm() <= 10 * probe.eps**0.5 * jd.norm())
+    symmetric = float(jd.norm()) > 0 and bool(
+        (per_sample(jd - jtd) <= 10 * probe.eps**0.5 * per_sample(jd)).all()
+    )
     what = "of the whole state" if probe.layout.depth == 0 else "of the worst sample"
     text = (
         f"‖J‖₂ ≈ {float(norm.max()):.3g} and spectral radius ≈ {float(radius.max()):.3g} at {where}, {what}."

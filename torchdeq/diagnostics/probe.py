@@ -55,14 +55,28 @@ class Probe:
     def __init__(self, subject: Subject, layout: Layout, z: Tensor, eps: float):
         self.subject, self.layout, self.z, self.eps = subject, layout, z, eps
         self.generator = torch.Generator().manual_seed(0)
-        # Changes of the state are measured by this, (B,): its size, or that of f(z).
-        level = torch.maximum(per_sample(z), per_sample(self.value(z)).nan_to_num())
-        self.level = torch.where(level > 0, level, max(z.shape[1], 1) ** 0.5)
+        # Changes of the state are measured by this, (B, leaves): its size, or that of f(z). Each leaf of each sample
+        # counts alike, since a small one would be lost in the rounding of a large one.
+        self.numbers = torch.tensor(layout.sizes).clamp_min(1).to(z)  # (leaves,), in each leaf of a sample
+        block = torch.maximum(self.norms(z), self.norms(self.value(z)).nan_to_num())
+        level = torch.linalg.vector_norm(block, dim=1, keepdim=True)
+        share = torch.where(level > 0, level / self.numbers.sum().sqrt(), 1.0) * self.numbers.sqrt()
+        # What is nearly zero beside its sample is measured by that: it may be the rounding of a difference.
+        self.block = torch.maximum(block, torch.where(level > 0, eps ** (1 / 3) * share, share))
+        self.level = torch.linalg.vector_norm(self.block, dim=1)  # (B,)
 
     @property
     def size(self) -> float:
-        """The size of the numbers that rounding is relative to."""
-        return float(self.level.norm())
+        """What rounding is relative to in ⟨u, f(z)⟩ for a `cotangent` u: one for each leaf of each sample."""
+        return float(self.block.numel())
+
+    def norms(self, z: Tensor) -> Tensor:
+        """Norms of the leaves of each sample of z, (B, leaves)."""
+        return torch.stack([per_sample(part) for part in z.split(self.layout.sizes, dim=1)], dim=1)
+
+    def spread(self, block: Tensor) -> Tensor:
+        """Each number of (B, leaves) repeated for all entries of its leaf, (B, D)."""
+        return block.repeat_interleave(torch.tensor(self.layout.sizes, device=block.device), dim=1)
 
     def flat(self, z: Tensor) -> Tensor:
         """f(z), on flat states."""
@@ -116,8 +130,8 @@ class Probe:
         return torch.randn(self.z.shape, generator=self.generator, dtype=torch.float64).to(self.z)
 
     def direction(self) -> Tensor:
-        """A random change of the state, (B, D), for each sample of about its own size."""
-        return self.noise() * (self.level / max(self.z.shape[1], 1) ** 0.5)[:, None]
+        """A random change of the state, (B, D), for each leaf of each sample of about its own size."""
+        return self.noise() * self.spread(self.block / self.numbers.sqrt())
 
     def beside(self) -> Tensor:
         """A state off z where f is finite; z itself if there is none to be had."""
@@ -135,12 +149,17 @@ class Probe:
 
     def is_rounding(self, image: Tensor) -> bool:
         """Whether Jd, a quotient for some `direction` d, is nothing but rounding."""
-        return float(image.norm()) * self.eps ** (1 / 3) <= 4 * self.eps * self.size
+        return bool(self._rounding(image).all())
+
+    def _rounding(self, image: Tensor) -> Tensor:
+        return self.norms(image) * self.eps ** (1 / 3) <= 4 * self.eps * self.block
 
     def cotangent(self, image: Tensor) -> Tensor:
-        """A unit vector along Jd, or anywhere if Jd is nothing but rounding."""
-        u = self.noise() if self.is_rounding(image) else image
-        return u / u.norm()
+        """In each leaf of each sample a vector along Jd, or anywhere if Jd is nothing but rounding there, as long as
+        its state is large inversely: all count alike in ⟨u, Jd⟩."""
+        u = torch.where(self.spread(self._rounding(image)), self.noise(), image)
+        size = self.norms(u) * self.block
+        return u / self.spread(torch.where(size > 0, size, 1.0))
 
     def slope(self, u: Tensor, d: Tensor) -> Slope:
         """Of ⟨u, f(z + t d)⟩ at t = 0."""
@@ -148,7 +167,7 @@ class Probe:
 
     def bend(self, u: Tensor, d: Tensor, e: Tensor) -> Slope:
         """Of ⟨Jᵀu, d⟩ at z + t e, at t = 0."""
-        size = float(self.vjp_or_zero(u).norm() * d.norm())
+        size = float((self.norms(self.vjp_or_zero(u)) * self.norms(d)).sum())
         return slope(lambda t: self.product_at(self.z + t * e, u, d), self.eps, 2 * size)
 
 
