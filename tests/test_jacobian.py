@@ -166,3 +166,10 @@ def test_errors_teach(call: Any, message: str) -> None:
     f, z = tanh_state()
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         call(f, z)
+
+
+def test_a_leaf_that_is_not_tracked_has_rows_of_zeros() -> None:
+    """f(a, b) = (2a, a constant): ‖J‖_F² = 4 · 6, and n = 12. With ±1 the estimate of a diagonal J is exact."""
+    a, b = (torch.ones(2, 3, dtype=F64, requires_grad=True) for _ in range(2))
+    got = jac_reg((2 * a, torch.zeros(2, 3, dtype=F64)), (a, b), distribution="rademacher")
+    assert got == 2.0

@@ -62,7 +62,8 @@ class DEQ(nn.Module):
 
     Derivatives follow `torch.is_grad_enabled()`, in training and in eval mode alike. Without grad mode no graph
     is built and z is exactly the state whose residual is reported; with it z = f(that state), which is closer
-    still to the fixed point of a contraction.
+    still to the fixed point of a contraction. `Reversible`, whose derivative is that of its own steps, makes the same
+    steps in both modes and gives the same z.
 
     Example:
         >>> import torch, torchdeq
@@ -254,9 +255,9 @@ def solve_and_attach(
         states += last
     else:
         refuse_transforms(lambda: "DEQ")
-        solution = solver.run(flat, start, record=record)
+        z, solution = methods[-1].without_grad(flat, start, solver, record=record)
         if ours:
             release(held)
-        states = [*solution.states, solution.z]
+        states = [*solution.states, z]
     bare = dataclasses.replace(solution, states=[])
     return [layout.unravel(z) for z in states], unravel_solution(bare, layout)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
-from tests.problems import F64, TanhMap, cotangent, error, exact_gradient
+from tests.problems import F64, TanhMap, cotangent, error, exact_gradient, solve_exactly
 from torchdeq import DEQ, Anderson, FixedPointIteration, Reversible, SimpleFixedPointIteration, Status, Unroll
 from torchdeq.grad.reversible import Tape
 
@@ -25,8 +29,9 @@ def program(f, z0, steps, beta=0.5):
 
 
 def reversible(steps, **options):
-    """As many steps, whatever the residual."""
-    return DEQ(FixedPointIteration(max_iter=2 * steps + 1, tol=0.0), Reversible(**options))
+    """As many steps, whatever the residual, of which nobody is to be warned."""
+    n = 2 * steps + 1
+    return DEQ(FixedPointIteration(max_iter=n, min_iter=n, tol=math.inf), Reversible(**options))
 
 
 class Counted:
@@ -413,18 +418,68 @@ def test_raises_before_a_step_that_cannot_be_undone(beta, dtype, allowed):
         assert reversible(20, dtype=F64)(torch.cos, z0)[1].nfe == 41
 
 
-def test_raises_when_the_start_is_not_rebuilt():
+@pytest.mark.parametrize("steps", [0, 1, 6])
+def test_raises_when_f_has_changed(steps):
+    """Without a step there is nothing to rebuild; the one evaluation is compared with itself."""
     f = TanhMap.make()
-    z, _ = reversible(6)(f, f.z0)
+    z0 = solve_exactly(f, f.z0)
+    z, _ = reversible(steps)(f, z0)
     with torch.no_grad():
         f.w.mul_(1.01)
-    with pytest.raises(RuntimeError, match="rebuilt with a relative error.*weights updated in place"):
+    with pytest.raises(RuntimeError, match="another value in the backward pass.*weights updated in place"):
         z.sum().backward()
     own = torch.Generator().manual_seed(0)  # not the generator whose state is known
     noisy = lambda z: f(z + 0.1 * torch.randn(z.shape, dtype=F64, generator=own))  # noqa: E731
-    z, _ = reversible(6)(noisy, f.z0)
-    with pytest.raises(RuntimeError, match="rebuilt with a relative error.*random"):
+    z, _ = reversible(steps)(noisy, z0)
+    with pytest.raises(RuntimeError, match="another value in the backward pass.*random"):
         z.sum().backward()
+
+
+def test_raises_when_the_start_is_not_rebuilt():
+    f, calls = TanhMap.make(), itertools.count()
+
+    def changed(z):
+        """Another map from its second call in the backward pass on; the first has the value that it had."""
+        return f(z) + (0.01 if next(calls) > 13 else 0)
+
+    z, _ = reversible(6)(changed, f.z0)
+    with pytest.raises(RuntimeError, match="rebuilt with a relative error.*weights updated in place"):
+        z.sum().backward()
+
+
+# Without grad mode ----------------------------------------------------------------------------------------
+
+
+def test_without_grad_mode_the_steps_are_the_same():
+    """Plain iteration would turn outwards by 1.1 a step; and 101 evaluations could not be undone."""
+    turn = 1.1 * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=F64)
+    f = Counted(lambda z: z @ turn.T + 1)
+    z0 = torch.zeros(1, 2, dtype=F64)
+    deq = DEQ(FixedPointIteration(max_iter=43, tol=1e-6), Reversible())
+    want, solution = deq(f, z0)
+    for context in (torch.no_grad, torch.inference_mode):
+        f.calls = 0
+        with context():
+            z, same = deq(f, z0)
+        assert torch.equal(z, want)
+        assert torch.equal(same.z, solution.z)
+        assert f.calls == same.nfe == solution.nfe
+    with torch.no_grad():
+        z, _ = reversible(50)(f, z0)
+        assert torch.allclose(z, program(f.f, z0, 50), rtol=1e-12)
+        with pytest.raises(ValueError, match="tau=0.5.*beta"):
+            DEQ(FixedPointIteration(tau=0.5), Reversible())(f, z0)
+        other = Anderson(tol=1e-9)
+        assert torch.equal(DEQ(other, Reversible())(f, z0)[0], other(f, z0).z)
+
+
+def test_in_a_reentrant_checkpoint_the_gradient_is_that_of_the_steps():
+    f = TanhMap.make()
+    run = lambda x: reversible(4)(lambda z: torch.tanh(z @ f.w.T + x), f.z0)[0]  # noqa: E731
+    z = checkpoint(run, f.x, use_reentrant=True)
+    z.pow(3).sum().backward()
+    want = torch.autograd.grad(program(f, f.z0, 4).pow(3).sum(), f.wanted)
+    assert error([t.grad for t in f.wanted], want) < 1e-12
 
 
 @pytest.mark.parametrize(

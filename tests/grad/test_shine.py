@@ -520,3 +520,15 @@ def test_modes_of_differentiation_that_it_has_not_raise(refine):
         torch.func.grad(solve)(f.x.detach())
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         solve(forward_ad.make_dual(f.x.detach(), torch.ones_like(f.x)))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_cotangents_whose_squares_are_no_numbers(scale, batch_dims):
+    f = TanhMap.make(n=6)
+    deq, g, seen = DEQ(Broyden(tol=1e-8), SHINE(), batch_dims=batch_dims), cotangent(f.x), []
+    deq.on_backward = seen.append
+    want = torch.autograd.grad(deq(f, f.z0)[0], f.wanted, g)
+    got = torch.autograd.grad(deq(f, f.z0)[0], f.wanted, scale * g)
+    assert error([t / scale for t in got], want) < 1e-12
+    assert torch.allclose(seen[0].abs_residual, seen[1].abs_residual, rtol=1e-9)

@@ -326,3 +326,18 @@ def test_wrong_calls_teach():
     for last in (0, 1.5, True):
         with pytest.raises(ValueError, match="last counts tracked evaluations"):
             Unroll(last=last)
+
+
+@pytest.mark.parametrize("method", [Unroll(checkpoint=True), Unroll(last=2, checkpoint=True)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_that_change_before_a_checkpointed_backward_pass_raise(method, dtype):
+    """Without checkpoints autograd knows the versions of what it has saved. Unchanged, the same graph serves twice."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(6, 6, dtype=dtype), torch.randn(3, 6, dtype=dtype)
+    deq = DEQ(FixedPointIteration(tol=1e-5, max_iter=100), method)
+    z, _ = deq(lambda z: torch.tanh(0.5 * layer(z) + x), torch.zeros_like(x))
+    z.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        layer.weight.mul_(1.001)
+    with pytest.raises(RuntimeError, match="another value in the backward pass.*call backward first"):
+        z.sum().backward()

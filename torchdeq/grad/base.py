@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ OnBackward = Callable[[Solution], None]
 class GradMethod(Method):
     """A way to differentiate z* = f(z*). Its fields are its choices; it prints as the call that made it.
 
-    A method supplies `attach`. One that must own the forward loop overrides `__call__`.
+    A method supplies `attach`. One that must own the forward loop overrides `__call__`, and one whose loop gives
+    another value than the solver's overrides `without_grad` too.
 
     Example:
         A method is a frozen dataclass with `attach`. This one is the one-step gradient.
@@ -38,6 +40,10 @@ class GradMethod(Method):
         >>> x.grad[0].tolist(), OneStep()
         ([1.0, 1.0, 1.0], OneStep())
     """
+
+    needs_solve: ClassVar[bool] = (
+        False  # whether it can do nothing with a solved state, so that `attach` raises
+    )
 
     def attach(self, f: Map, z: Tensor, *, on_backward: OnBackward | None = None) -> list[Tensor]:
         """States that carry the derivative, made from the solved state z.
@@ -72,3 +78,14 @@ class GradMethod(Method):
         with torch.no_grad(), without_tangents():
             solution = solver.run(f, z0, record=record)
         return self.attach(f, solution.z, on_backward=on_backward), solution
+
+    def without_grad(
+        self, f: Map, z0: Tensor, solver: SolverLoop, *, record: Sequence[int] = ()
+    ) -> tuple[Tensor, Solution]:
+        """What a call without grad mode gives: the solver's state, (B, D), and the `Solution`.
+
+        Where the derivative is that of a loop of the method's own rather than of the fixed point, it is that loop's
+        state: a forward pass without grad mode that is made again with it, as in a reentrant checkpoint, must agree.
+        """
+        solution = solver.run(f, z0, record=record)
+        return solution.z, solution

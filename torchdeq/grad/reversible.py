@@ -20,6 +20,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torchdeq._modes import refuse_transforms
 from torchdeq._replay import AutocastState, RandomState
 from torchdeq._state import Map, per_sample
 from torchdeq.grad.base import GradMethod, OnBackward
+from torchdeq.grad.fingerprint import Fingerprint
 from torchdeq.solution import Solution
 from torchdeq.solver.base import SolverLoop, layout_of_map
 from torchdeq.solver.fp_iter import FixedPointIteration
@@ -45,6 +47,8 @@ class Reversible(GradMethod):
     Works with `FixedPointIteration`, of which it takes `max_iter`, `tol` and the other stopping rules; the steps are
     its own. It makes an odd number of evaluations, two a step and one that measures z_N, and returns f(z_N); an even
     `max_iter` leaves one unused. A sample that has converged rests, and is rebuilt with the steps that it made.
+    Without grad mode the steps and what is returned are the same, and as many as the solver allows, since none is to be
+    undone; another solver, such as an `eval_solver`, then runs as it is.
 
     Memory: five states, the graph of one evaluation of f, and the graph's nodes of the others without their tensors
     (and a few booleans per sample and step, once some samples rest). Cost of a backward pass: one call of f and one
@@ -71,8 +75,9 @@ class Reversible(GradMethod):
     Raises:
         ValueError: a value is out of range; or a step would be made that cannot be undone.
         TypeError: the solver is another one, whose steps would be ignored.
-        RuntimeError: in a backward pass, when what is rebuilt of the start is not the start, to 1e-3: rounding has
-            grown too much, or f has changed. Under a transform of torch.func.
+        RuntimeError: in a backward pass, when f gives another value at z_N than before: it has changed; or when what
+            is rebuilt of the start is not the start, to 1e-3: rounding has grown too much. Under a transform of
+            torch.func.
 
     Example:
         >>> import torch, torchdeq
@@ -83,6 +88,8 @@ class Reversible(GradMethod):
         >>> round(a.grad.item(), 2), solution.nfe  # z* = 1 / (1 − a), dz*/da = 4
         (3.99, 43)
     """
+
+    needs_solve: ClassVar[bool] = True
 
     beta: float = 0.5
     dtype: torch.dtype | None = None
@@ -115,15 +122,24 @@ class Reversible(GradMethod):
     ) -> tuple[list[Tensor], Solution]:
         """Iterate from z0 (B, D). There is no adjoint system, so `on_backward` is not called."""
         refuse_transforms(lambda: repr(self))
-        if len(record):
-            raise ValueError(
-                f"{self!r} keeps no states on its way, got record={list(record)}. Use record=()."
-            )
+        self._no_record(record)
         solver = self._checked(solver, z0)
         # A copy: z0 is the caller's, who may write to it, or have made it in inference mode.
         tape = Tape(f, z0.detach().clone(), self.beta, self.dtype or z0.dtype)
         with tape.tally.amp.off(), set_checkpoint_early_stop(False):
             return _iterate(self, tape, solver)
+
+    def without_grad(
+        self, f: Map, z0: Tensor, solver: SolverLoop, *, record: Sequence[int] = ()
+    ) -> tuple[Tensor, Solution]:
+        """f(z_N) of the same steps, which are not kept; what another solver makes of it, if it is another."""
+        if not isinstance(solver, FixedPointIteration):
+            return super().without_grad(f, z0, solver, record=record)
+        self._no_record(record)
+        tape = Tape(f, z0, self.beta, self.dtype or z0.dtype, kept=False)
+        with tape.tally.amp.off():
+            (z,), solution = _iterate(self, tape, self._checked(solver, z0))
+        return z, solution
 
     def growth(self, evaluations: int) -> float:
         """How much rounding grows, at most, as that many evaluations are undone, if ‖J‖ ≤ 1.
@@ -136,6 +152,12 @@ class Reversible(GradMethod):
         rate = (trace + math.sqrt(max(trace**2 - 4 * a**2, 0.0))) / 2
         power = evaluations / 2 * math.log(rate)
         return math.exp(power) if power < 700 else math.inf
+
+    def _no_record(self, record: Sequence[int]) -> None:
+        if len(record):
+            raise ValueError(
+                f"{self!r} keeps no states on its way, got record={list(record)}. Use record=()."
+            )
 
     def _checked(self, solver: SolverLoop, z0: Tensor) -> FixedPointIteration:
         if not isinstance(solver, FixedPointIteration):
@@ -172,14 +194,17 @@ class Tape:
         start: y_0 = z_0, (B, D).
         beta: β.
         dtype: of the states.
+        kept: whether there will be a way back. False: the evaluations have no graph.
     """
 
-    def __init__(self, f: Map, start: Tensor, beta: float, dtype: torch.dtype):
+    def __init__(self, f: Map, start: Tensor, beta: float, dtype: torch.dtype, *, kept: bool = True):
         self.f = f
         self.tally = Tally(f, AutocastState.capture(start.device), 0, layout_of_map(f))
         self.start = start
         self.beta = beta
         self.dtype = dtype
+        self.kept = kept
+        self.image: Fingerprint | None = None  # of the last evaluation, once the forward pass is over
         self.masks: list[Tensor | None] = []  # who takes part in step n, (B,); None: all
         self.random: list[RandomState | None] = []  # for each half step, if it drew random numbers
         self.wants: list[bool] = []  # whether its argument had a graph
@@ -193,6 +218,9 @@ class Tape:
     def evaluate(self, z: Tensor) -> Tensor:
         """f(z), (B, D), in the graph, as a checkpoint that keeps no state."""
         now = [z.to(self.start.dtype)]
+        if not self.kept:
+            self.tally.calls += 1
+            return self._call(now[0])
         self.wants.append(z.requires_grad)
         half, device = len(self.random), z.device
         random = RandomState.capture(device)
@@ -225,6 +253,11 @@ class Tape:
             if not half <= self.at <= half + 1:
                 self._go_to(half + 1)
             fz = self._replayed(half)
+            if half == 2 * len(
+                self.masks
+            ):  # the state is there as it was, and nothing else compares this value
+                assert self.image is not None
+                self.image.check(fz, _name(self))
             self._undo(half, fz.detach())
         return fz
 
@@ -311,12 +344,13 @@ def _iterate(method: Reversible, tape: Tape, solver: FixedPointIteration) -> tup
             watch.see(now, tally.calls)
         if last or watch.done:
             break
-        if not method._allows(tally.calls + 1, tape.dtype):
+        if tape.kept and not method._allows(tally.calls + 1, tape.dtype):
             raise ValueError(_too_far(method, tally.calls, tape.dtype))
         mask = None if watch.all_active else watch.active
         if mask is not None:  # a sample that has failed goes back to the start, which harms nobody
             y, z = (torch.where(watch.failed[:, None], start.to(s.dtype), s) for s in (y, z))
-        tape.masks.append(mask)
+        if tape.kept:
+            tape.masks.append(mask)
         y = tape.moved(y, fz, mask)
         fz = tape.evaluate(y)
         if looks:
@@ -331,6 +365,9 @@ def _iterate(method: Reversible, tape: Tape, solver: FixedPointIteration) -> tup
             tape.failed = failed
             y, z = (torch.where(failed[:, None], start.to(s.dtype), s) for s in (y, z))
         tape.end = (y.detach(), z.detach())
+        with tally.amp.on():
+            compared = torch.where(failed[:, None], torch.nan, fz.detach())
+            tape.image = Fingerprint.of(compared, tally.layout)
     if tape.failed is not None:
         fz = torch.where(failed[:, None], start, fz)
     final = now._replace(z=tape.end[1].to(start.dtype))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import optree
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchdeq._modes import refuse_transforms, split_dual, without_tangents
 from torchdeq._state import Layout, Map, per_sample
-from torchdeq.grad.adjoint import solve_adjoint
+from torchdeq.grad.adjoint import _norm, solve_adjoint
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY
 from torchdeq.grad.inverse import on_duals, vjp_of
@@ -75,6 +75,8 @@ class SHINE(GradMethod):
         >>> round(a.grad.item(), 6)  # for one unknown a secant is the derivative: 1 / (1 − a)² = 4
         4.0
     """
+
+    needs_solve: ClassVar[bool] = True
 
     refine: AffineSolver | None = None
     fallback: float = 1.3
@@ -161,9 +163,8 @@ class SHINE(GradMethod):
         product = vjp_of(fz, z)
         if self.refine is not None:
             return solve_adjoint(product, g, self.refine, layout, preconditioner=learned.transposed)
-        size = per_sample(g)  # (B,)
-        if learned.whole is not None:  # H mixes the samples, which so need one scale
-            size = torch.linalg.vector_norm(size).expand_as(size)
+        # H mixes the samples of a whole, which so need one scale.
+        size = _norm(g) if learned.whole is None else _norm(g.reshape(1, -1)).expand(len(g))  # (B,)
         size = torch.where(size != 0, size, 1.0)[:, None]
         unit = g / size
         u = learned.transposed(unit)

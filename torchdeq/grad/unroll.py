@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from torchdeq._modes import without_tangents
 from torchdeq._state import FlatMap, Map, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
+from torchdeq.grad.fingerprint import Fingerprint
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.solution import Solution, Status
 from torchdeq.solver.base import SolverLoop, checked_record, layout_of_map
@@ -58,7 +59,8 @@ class Unroll(GradMethod):
     Raises:
         ValueError: `last` is out of its range.
         TypeError: the solver is another one.
-        RuntimeError: in forward mode, where `last` makes the tangent a part of it.
+        RuntimeError: in forward mode, where `last` makes the tangent a part of it; in a backward pass with
+            `checkpoint`, when f gives another value than before.
 
     Example:
         >>> import torch, torchdeq
@@ -209,7 +211,18 @@ class _Steps(FlatMap):
         step = self.dual if self.tangents else super().__call__
         if not (self.again and torch.is_grad_enabled()):
             return step(z)
-        out: Tensor = checkpoint(step, z, use_reentrant=False)
+        before: list[Fingerprint] = []
+
+        def compared(z: Tensor) -> Tensor:
+            fz = step(z)
+            if before:
+                before[0].check(fz, "Unroll(checkpoint=True)")
+            else:
+                before.append(Fingerprint.of(fz, self.layout))
+            return fz
+
+        with set_checkpoint_early_stop(False):  # which would leave f before its value is there
+            out: Tensor = checkpoint(compared, z, use_reentrant=False)
         return out
 
     def select(self, rows: Tensor) -> FlatMap:

@@ -70,8 +70,10 @@ def jac_reg(
 
 def _squared_norm(images: list[Tensor], states: list[Tensor], v: list[Tensor], create_graph: bool) -> Tensor:
     """‖Jᵀv‖², summed in at least float32: half precision overflows at 65504."""
+    tracked = [(image, probe) for image, probe in zip(images, v, strict=True) if image.requires_grad]
+    outputs, probes = zip(*tracked, strict=True)  # rows of J that belong to the others are zero
     products = torch.autograd.grad(
-        images, states, v, retain_graph=True, create_graph=create_graph, allow_unused=True
+        outputs, states, probes, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
     if all(product is None for product in products):
         raise ValueError(
