@@ -150,7 +150,7 @@ def test_a_quadratic_problem_has_the_closed_gradient_after_n_steps_of_cg():
     assert (dh - want).norm() < 1e-10 * want.norm()
     (solve,) = seen
     assert int(solve.nstep) <= N
-    assert solve.nfe <= N + 1  # and one product measures the residual
+    assert solve.nfe <= N + 2  # one product finds the scale of the Hessian, and one measures the residual
 
 
 def test_second_derivatives_of_a_quadratic_problem():
@@ -483,3 +483,133 @@ def test_a_saddle_is_differentiated_by_gmres_on_request():
     exact = lambda objective, y0, a: torch.stack((-a[0], a[1]))  # noqa: E731
     g = lambda a: implicit_minimum(saddle, 0 * a, a, solver=exact, adjoint=GMRES(tol=1e-12), probes=0)  # noqa: E731
     assert torch.allclose(jacrev(g)(a), torch.diag(torch.tensor([-1.0, 1.0], dtype=F64)), atol=1e-12)
+
+
+# Scale --------------------------------------------------------------------------------------------------
+
+
+def bowl(y, t, w):
+    """Of condition about 5, and no quadratic."""
+    d = torch.tensor([1.0, 2.0, 5.0]).to(y)
+    return w * ((d * (y - t) ** 2).sum() / 2 + 0.05 * (y**4).sum())
+
+
+def test_a_gradient_that_is_small_beside_y_is_not_lost_in_it():
+    """y − ∇φ(y) is y itself in float32, also where ∇φ is a tenth of what it is at 0; and the residual is that of φ."""
+    target = 1000.0 + torch.randn(2000, generator=GENERATOR)
+    objective = lambda y, t: (y - t).square().mean()  # noqa: E731
+    y, solution = implicit_minimum(objective, target + 0.1, target, return_solution=True)
+    assert (y - target).abs().max() < 1000 * 2.4e-5
+    assert torch.allclose(solution.abs_residual[0], grad(objective)(y, target).norm())
+    plain = Anderson(tol=1e-7)  # sees y − ∇φ(y), which does not move
+    with pytest.warns(ConvergenceWarning, match="norm of the objective's gradient"):
+        y, solution = implicit_minimum(objective, target + 0.1, target, solver=plain, return_solution=True)
+    assert torch.allclose(solution.residual[0], grad(objective)(y, target).norm())
+    assert solution.residual > 1e-3
+
+    with pytest.warns(ConvergenceWarning, match="no root"):
+        solution = implicit_root(
+            lambda y: 1e-5 * (y - 1234.0), torch.full((4,), 1233.0), solver=plain, return_solution=True
+        )[1]
+    assert torch.allclose(solution.residual, torch.tensor(2e-5))  # ‖1e-5 (−1, −1, −1, −1)‖, and above 1e-7 …
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [(torch.float32, (1e-8, 1e-4, 1e8)), (F64, (1e-12, 1e-6, 1e12))], ids=str
+)
+def test_derivatives_and_stop_tests_do_not_depend_on_the_scale(dtype, weights):
+    """dy/dt = d / (d + 0.6 y²), to some units of rounding times the condition; second derivatives as for w = 1."""
+    t = torch.tensor([0.5, 2.0, 3.0], dtype=dtype)
+    eps, residuals = torch.finfo(dtype).eps, []
+
+    seen = {"on_backward": lambda s: residuals.append(float(s.residual.max()))}
+
+    def minimum(t, w, **options):
+        options = {"adjoint": CG(tol=4 * eps), **seen, **options}
+        return implicit_minimum(bowl, torch.ones_like(t), t, w, **options)
+
+    def zero(t, w):
+        return implicit_root(grad(bowl), torch.ones_like(t), t, w, adjoint=GMRES(tol=4 * eps))
+
+    def slope(y):
+        d = torch.tensor([1.0, 2.0, 5.0], dtype=dtype)
+        return (d / (d + 0.6 * y**2)).diag()
+
+    one = torch.ones((), dtype=dtype)
+    want, solution = minimum(t, one, return_solution=True)
+    bend = hessian(lambda t: minimum(t, one).sum())(t)
+    for w in weights:
+        y, got = minimum(t, one * w, return_solution=True)
+        assert bool(got.converged)
+        assert got.nfe == solution.nfe
+        assert torch.allclose(y, want, rtol=100 * eps)
+        for solve in (minimum, zero):
+            for mode in (jacrev, jacfwd):
+                jacobian = mode(solve)(t, one * w)
+                assert torch.allclose(jacobian, slope(solve(t, one * w)), rtol=0, atol=100 * eps)
+        again = hessian(lambda t: minimum(t, one * w).sum())(t)  # noqa: B023 - called at once
+        assert torch.allclose(again, bend, rtol=0, atol=200 * eps)
+    assert max(residuals) < 10 * eps
+    scaled = torch.tensor(weights, dtype=dtype)
+    each = vmap(lambda w: jacrev(minimum)(t, w))(scaled)  # each instance at a scale of its own
+    assert torch.allclose(each, slope(want).expand_as(each), rtol=0, atol=100 * eps)
+
+
+def test_an_adjoint_solver_that_minds_the_scale_sees_one_of_size_one():
+    """Picard iteration on u = (I − sH) u + s g; for w = 1e-9 that on I − H would take 1e10 products."""
+    t = torch.tensor([0.5, 2.0, 3.0], dtype=F64)
+    for w in (1e-9, 1e9):
+        w = torch.tensor(w, dtype=F64)
+        solve = lambda t, w=w, **o: implicit_minimum(bowl, torch.ones_like(t), t, w, **o)  # noqa: E731
+        got = jacrev(lambda t, solve=solve: solve(t, adjoint=Anderson(tol=1e-12, max_iter=200)))(t)
+        assert torch.allclose(got, jacrev(solve)(t), atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "below"), [(torch.float32, 3e-4), (F64, 1e-8)], ids=str)
+@pytest.mark.parametrize("scale", [1e-7, 1.0])
+def test_a_curvature_that_is_barely_negative_is_seen(dtype, below, scale):
+    def objective(y, c):
+        return scale * (y[0] ** 2 + c * y[1] ** 2) / 2
+
+    y0 = torch.zeros(2, dtype=dtype)
+    with pytest.warns(ConvergenceWarning, match="a saddle or a maximum"):
+        implicit_minimum(objective, y0, torch.tensor(-below, dtype=dtype))
+    implicit_minimum(objective, y0, torch.tensor(below, dtype=dtype))
+    implicit_minimum(objective, y0, torch.tensor(0.0, dtype=dtype))
+
+
+def test_a_stiff_saddle_is_seen():
+    with pytest.warns(ConvergenceWarning, match="a saddle or a maximum"):
+        implicit_minimum(lambda y: (1e6 * y[0] ** 2 - 1e-3 * y[1] ** 2) / 2, torch.zeros(2, dtype=F64))
+
+
+def test_the_usual_stop_test_knows_no_scale():
+    """At 0 the gradient 1e-12 is below any absolute tolerance; at 1e6 its rounding is above that."""
+    small = implicit_minimum(lambda y: 1e-11 * ((y - 0.3) ** 2).sum(), torch.zeros(3, dtype=F64))
+    assert torch.allclose(small, torch.full_like(small, 0.3), rtol=1e-10)
+    target = normal(5)
+
+    def steep(y, t):
+        return 1e6 * (torch.cosh(y - t).log() + 0.1 * y**2).sum()
+
+    y, solution = implicit_minimum(steep, torch.zeros_like(target), target, return_solution=True)
+    assert bool(solution.converged)
+    assert torch.allclose(torch.tanh(y - target) + 0.2 * y, torch.zeros_like(y), atol=1e-10)
+    assert solution.nfe < 100
+    # From 20 the curvature falls by 2e8 on the way; the test is made with that of the end.
+    far = implicit_minimum(lambda y: (torch.cosh(y) - y).sum(), torch.full((2,), 20.0, dtype=F64))
+    assert torch.allclose(far, torch.asinh(torch.ones_like(far)), atol=1e-9)
+    # The solution 0, from elsewhere, and where the curvature at the start is none.
+    zero = implicit_minimum(lambda y: torch.cosh(y).sum(), torch.ones(2, dtype=F64))
+    assert zero.abs().max() < 1e-10
+    flat = implicit_minimum(lambda y: (y**4 / 4 - y).sum(), torch.zeros(2, dtype=F64))
+    assert torch.allclose(flat, torch.ones_like(flat), atol=1e-10)
+    root = implicit_root(lambda y: 1e-9 * (y**3 + y - 2), torch.zeros(2, dtype=F64))
+    assert torch.allclose(root, torch.ones_like(root), atol=1e-10)
+
+
+def test_a_function_that_minimises_is_measured_at_the_objectives_scale():
+    sloppy = lambda objective, y0, t: t + 0.1  # noqa: E731
+    objective = lambda y, t: 1e-9 * (y - t).square().sum()  # noqa: E731
+    with pytest.warns(ConvergenceWarning, match="norm of the objective's gradient"):
+        implicit_minimum(objective, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), solver=sloppy)

@@ -127,6 +127,7 @@ def solve_map(
     on_backward: OnBackward | None,
     remedies: tuple[str, str] = (SOLVER_REMEDY, ADJOINT_REMEDY),
     search: Image | None = None,
+    apart: bool = False,
 ) -> Any:
     """The fixed point of a map on flat states, and what else `fixed_point` returns.
 
@@ -138,6 +139,7 @@ def solve_map(
         aux: a function (z, *theta) -> (value, aux), if aux is wanted.
         remedies: what to say of a forward and of a linear solve that did not converge.
         search: (z0 (B, D), *theta) -> (B, D), for a solver that needs to see theta.
+        apart: whether `image` is f(z) − z.
     """
     refuse_old_vmap()
     if solver.compact:
@@ -176,6 +178,7 @@ def solve_map(
         account=[] if return_solution else None,
         guards=torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
         search=None if search is None else of_tensors(search),
+        apart=apart,
     )
     with _no_inference():  # solvers that differentiate f cannot save inference tensors
         start, *tensors = (t.clone() if t.is_inference() else t for t in (start, *tensors))

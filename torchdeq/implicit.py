@@ -3,7 +3,12 @@
     F(y*, θ) = 0            is   y* = f(y*, θ)   with   f = y − F(y, θ),         I − J = ∂F/∂y
     ∇φ(y*, θ) = 0           is   y* = f(y*, θ)   with   f = y − ∇φ(y, θ),        I − J = ∂²φ/∂y²
 
-so both are solved and differentiated as `torchdeq.functional` does it. Sources: Blondel et al. (2022), arXiv
+so both are solved and differentiated as `torchdeq.functional` does it. But where F is small beside y, y − F(y) has lost
+it. So F, and products with A = ∂F/∂y, are taken by themselves, and the usual stop test does not know F's scale:
+
+    ‖F(y)‖ ≤ tol ‖A‖ max(‖y‖, ‖y − y0‖),    ‖A‖ estimated at y by ‖Aᵀv‖ / ‖v‖ with a normal v, which is ‖A‖_F / √n.
+
+Sources: Blondel et al. (2022), arXiv
 2105.15183; Pedregosa (2016), arXiv 1602.02355, and Rajeswaran et al. (2019), arXiv 1909.04630, for CG on the Hessian.
 """
 
@@ -17,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq._state import Layout, Map, Tree
+from torchdeq._state import Layout, Map, Tree, per_sample
 from torchdeq.functional import as_loop, checked_layout, default_tol, solve_map, without_aux
 from torchdeq.grad.base import OnBackward
 from torchdeq.grad.inverse import vjp_of
@@ -27,20 +32,22 @@ from torchdeq.solver.affine import dot
 from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.cg import CG
 from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.maps import Tally, size_of
 from torchdeq.solver.newton_cg import NewtonCG
-from torchdeq.solver.newton_krylov import NewtonKrylov, NewtonState
+from torchdeq.solver.newton_krylov import Linearised, NewtonKrylov, NewtonState
 from torchdeq.solver.registry import FunctionSolver
+from torchdeq.solver.watch import Iterate, leaf_max, relative
 
 Maps = tuple[tuple[int, tuple[int | None, ...]], ...]  # as in `System`
 
 ROOT_REMEDY = (
-    "The residual is ‖F(y)‖; what is returned is the best y found, no root to this tolerance. Raise max_iter or tol, "
-    "start nearer, or scale F: the tolerance is absolute."
+    "The absolute residual is ‖F(y)‖; what is returned is the best y found, no root to this tolerance. Raise max_iter "
+    "or tol, or start nearer."
 )
 MINIMUM_REMEDY = (
-    "The residual is the norm of the objective's gradient. If it is small and the sample stalled nevertheless, the "
-    "objective curves down along some direction there: the point is a saddle or a maximum and no minimum; start "
-    "elsewhere. Otherwise raise max_iter or tol, which is absolute, or scale the objective."
+    "The absolute residual is the norm of the objective's gradient. If it is small and the sample stalled "
+    "nevertheless, the objective curves down along some direction there: the point is a saddle or a maximum and no "
+    "minimum; start elsewhere. Otherwise raise max_iter or tol."
 )
 LINEAR_REMEDY = (
     "This was a linear solve for a derivative: its relative error is about this residual times the condition of ∂F/∂y. "
@@ -75,15 +82,18 @@ def implicit_root(
         F: a pure function (y, *theta) -> residual of the structure, shapes and dtypes of y.
         y0: where to start, a tensor or a pytree of tensors. It gets no derivative.
         *theta: see `fixed_point`.
-        solver: an object or a name; it sees f(y) = y − F(y). None: `NewtonRoot` with an absolute tolerance for ‖F(y)‖
-            of ε^⅔, that is 2.4e-5 in float32 and 3.7e-11 in float64, and at most 1000 evaluations and products.
-            Newton's steps do not depend on the scale of F, where those of an iteration y − F(y) do. The tolerance
-            does: scale F so that 1 is a large value.
-        adjoint: solves (∂F/∂y)ᵀ u = g. None: `GMRES`, as in `fixed_point`.
+        solver: an object or a name; it sees f(y) = y − F(y), with its own tolerance for ‖F(y)‖, or relative to ‖f(y)‖.
+            None: Newton–Krylov with at most 1000 evaluations and products. It stops where ‖F(y)‖ is at most
+            ε^⅔ ‖∂F/∂y‖ max(‖y‖, ‖y − y0‖), that is where one expects y to be right to 2.4e-5 in float32 and 3.7e-11
+            in float64, times the condition of ∂F/∂y. Neither that test nor its steps depend on the scale of F, where
+            those of an iteration y − F(y) do.
+        adjoint: solves (∂F/∂y)ᵀ u = g. None: `GMRES`, as in `fixed_point`. What is no Krylov solver sees ∂F/∂y at
+            the scale of 1, as u = (I − s ∂F/∂yᵀ) u + s g.
         batch_dims, has_aux, return_solution, throw, on_backward: see `fixed_point`.
 
     Returns:
-        y*, and aux and the `Solution` if they are asked for. The residual of the Solution is ‖F(y*)‖.
+        y*, and aux and the `Solution` if they are asked for. Its absolute residual is ‖F(y*)‖, measured at y*; with
+        `solver=None` the relative one is ‖F(y*)‖ / (‖∂F/∂y‖ max(‖y*‖, ‖y* − y0‖)), and is the one of the test.
 
     Raises:
         ValueError, TypeError: F returns another shape, structure or dtype than that of y.
@@ -103,24 +113,26 @@ def implicit_root(
     def image(y: Tensor, *theta: Tree) -> Tensor:
         value = without_aux(F, F(layout.unravel(y), *theta), has_aux)
         try:
-            return y - layout.ravel(value, source="F")
+            return -layout.ravel(value, source="F")
         except ValueError as error:
             error.add_note("implicit_root: F(y) = 0 needs as many equations as there are unknowns.")
             raise
 
     tol = default_tol(layout, y0)
+    loop = as_loop("solver", solver, NewtonRoot(tol=tol, stop_mode="rel", max_iter=1000))
     return solve_map(
         image,
         layout,
         y0,
         theta,
-        solver=as_loop("solver", solver, NewtonRoot(tol=tol, max_iter=1000)),
+        solver=Measured(loop, scaled=solver is None),
         adjoint=as_loop("adjoint", adjoint, GMRES(tol=tol, max_iter=200)),
         aux=F if has_aux else None,
         return_solution=return_solution,
         throw=throw,
         on_backward=on_backward,
         remedies=(ROOT_REMEDY, LINEAR_REMEDY),
+        apart=True,
     )
 
 
@@ -149,21 +161,26 @@ def implicit_minimum(
             of what its samples contribute.
         y0: where to start, a tensor or a pytree of tensors. It gets no derivative.
         *theta: see `fixed_point`.
-        solver: finds y*. None: `NewtonCG` with an absolute tolerance for ‖∇φ‖ of ε^⅔, that is 2.4e-5 in float32 and
-            3.7e-11 in float64, and at most 1000 gradients and products: it is as accurate as a derivative wants, has
-            no step length to set, and goes downhill only. A solver object or name sees f(y) = y − ∇φ(y). Anything else
+        solver: finds y*. None: `NewtonCG` with at most 1000 gradients and products. It has no step length to set, and
+            stops where ‖∇φ(y)‖ is at most ε^⅔ ‖H‖ max(‖y‖, ‖y − y0‖), whatever the scale of the objective: where one
+            expects y to be right to 2.4e-5 in float32 and 3.7e-11 in float64, times the condition of H. It looks at
+            slopes and not at φ, so it may step over a rise to another minimum, or out of the domain of φ. A solver
+            object or name sees f(y) = y − ∇φ(y), with its own tolerance for ‖∇φ‖, or relative to ‖f(y)‖. Anything else
             that can be called is called as solver(objective, y0, *theta), without transforms, once for each mapped
-            instance, and returns y; one more gradient measures it.
+            instance, and returns y; two more gradients and a product measure it.
         adjoint: solves H u = g. None: `CG` with a relative tolerance of ε^⅔ and at most 200 products, which ends as
-            `STALLED` where it meets a direction in which the objective curves down.
+            `STALLED` where it meets a direction in which the objective curves down. What is no Krylov solver sees H at
+            the scale of 1, as u = (I − s H) u + s g.
         batch_dims, has_aux, return_solution, throw, on_backward: see `fixed_point`.
-        tol: for a callable `solver` only: the largest ‖∇φ‖ that counts as solved, 1e-3 by default.
+        tol: for a callable `solver` only: the largest ‖∇φ‖ that counts as solved. None: 1e-3 ‖H‖ max(‖y‖, ‖y − y0‖).
         probes: products with the Hessian, at the solution, of a look for directions in which the objective curves
-            down. What has one is a saddle or a maximum, and counts as not converged. So many Lanczos steps see every
-            negative eigenvalue if there are no more unknowns than that, and otherwise those that stand out. 0: no look.
+            down. What has one is a saddle or a maximum, and counts as not converged. So many Lanczos steps see a
+            negative eigenvalue beyond some 32 ε ‖H‖ if there are no more unknowns than that, and otherwise those that
+            stand out. 0: no look.
 
     Returns:
-        y*, and aux and the `Solution` if they are asked for. The residual of the Solution is ‖∇φ(y*)‖; nfe counts
+        y*, and aux and the `Solution` if they are asked for. Its absolute residual is ‖∇φ(y*)‖, measured at y*; with
+        `solver=None` the relative one is ‖∇φ(y*)‖ / (‖H‖ max(‖y*‖, ‖y* − y0‖)), and is the one of the test. nfe counts
         gradients and products, not what a callable `solver` does.
 
     Raises:
@@ -203,22 +220,23 @@ def implicit_minimum(
         def value(y: Tensor) -> Tensor:
             return _scalar(without_aux(objective, objective(layout.unravel(y), *theta), has_aux))
 
-        return y - torch.func.grad(value)(y)
+        return -torch.func.grad(value)(y)
 
     def search(y: Tensor, *theta: Tree) -> Tensor:
         assert outside is not None
         return layout.ravel(outside(objective, layout.unravel(y), *theta), source="solver")
 
     if outside is None:
-        finds = as_loop("solver", solver, NewtonCG(tol=usual, max_iter=1000))
+        finds = as_loop("solver", solver, NewtonMinimum(tol=usual, stop_mode="rel", max_iter=1000))
     else:
         finds = Outside(1e-3 if tol is None else tol)
+    scaled = tol is None and (solver is None or outside is not None)
     return solve_map(
         image,
         layout,
         y0,
         theta,
-        solver=Downward(finds, probes),
+        solver=Measured(finds, scaled=scaled, probes=probes),
         adjoint=as_loop("adjoint", adjoint, CG(tol=usual, max_iter=200)),
         aux=objective if has_aux else None,
         return_solution=return_solution,
@@ -226,6 +244,7 @@ def implicit_minimum(
         on_backward=on_backward,
         remedies=(MINIMUM_REMEDY, HESSIAN_REMEDY),
         search=None if outside is None else search,
+        apart=True,
     )
 
 
@@ -250,6 +269,8 @@ def _scalar(value: Any) -> Tensor:
 class NewtonRoot(NewtonKrylov):
     """`NewtonKrylov` whose first step is Newton's too: that of Picard, y − F(y), is at the mercy of F's scale.
 
+    With stop_mode='rel' the residual is relative to ‖∂F/∂y‖ max(‖y‖, ‖y − y0‖).
+
     Example:
         >>> import torch
         >>> sol = NewtonRoot(tol=1e-6)(lambda y: y - 1e4 * (y**2 - 2), torch.ones(1, 1, dtype=torch.float64))
@@ -260,6 +281,38 @@ class NewtonRoot(NewtonKrylov):
     def init(self, z: Tensor) -> NewtonState:
         """As if the first step had been made."""
         return super().init(z)._replace(begun=True)
+
+    def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
+        return against_steps(super()._measured(z, fz, f), self, f)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NewtonMinimum(NewtonCG):
+    """`NewtonCG` whose relative residual is ‖∇φ‖ / (‖H‖ max(‖y‖, ‖y − y0‖)), for stop_mode='rel'.
+
+    Example:
+        >>> import torch
+        >>> tiny = lambda y: y - 1e-9 * (y - 0.25)
+        >>> sol = NewtonMinimum(tol=1e-6, stop_mode="rel")(tiny, torch.zeros(1, 1, dtype=torch.float64))
+        >>> bool(sol.converged), round(sol.z.item(), 5)
+        (True, 0.25)
+    """
+
+    def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
+        return against_steps(super()._measured(z, fz, f), self, f)
+
+
+def against_steps(now: Iterate, solver: SolverLoop, f: Tally) -> Iterate:
+    """The same measurement, relative to what F would be at a distance like that of y from 0, or from the start."""
+    if solver.stop_mode != "rel" or not isinstance(f, Linearised) or f.start is None:
+        return now
+    scale = step_scale(f.size(), now.z, f.start)
+    return now._replace(scale=scale, measure=relative(now.size, scale))
+
+
+def step_scale(size: Tensor, z: Tensor, start: Tensor) -> Tensor:
+    """‖A‖ max(‖z‖, ‖z − start‖), (B,), with ‖A‖ = size (B,)."""
+    return size * torch.maximum(per_sample(z), per_sample(z - start))
 
 
 class Outside(SolverLoop):
@@ -307,16 +360,18 @@ def _instances(maps: Maps, theta: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield from _instances(tuple(inner), chosen)
 
 
-class Downward(SolverLoop):
-    """A solver for minima, and a look at the Hessian where it ends: what curves down there is no minimum.
+class Measured(SolverLoop):
+    """A solver of F(y) = 0, and a look at where it ends: F itself, to which no y is added, and its derivative.
 
     Arguments:
-        solver: finds a stationary point.
-        probes: products with the Hessian for the look.
+        solver: finds a y.
+        scaled: whether the tolerance is for ‖F‖ / (‖A‖ max(‖y‖, ‖y − y0‖)); else for what `solver` measures.
+        probes: products with A, a Hessian, to see whether it curves down: what does is no minimum.
     """
 
-    def __init__(self, solver: SolverLoop, probes: int):
+    def __init__(self, solver: SolverLoop, *, scaled: bool, probes: int = 0):
         self.solver = solver
+        self.scaled = scaled
         self.probes = probes
         self.compact = solver.compact
 
@@ -329,33 +384,61 @@ class Downward(SolverLoop):
         layout: Layout | None = None,
         together: bool = True,
     ) -> Solution:
-        """See `SolverLoop.run`. A converged sample that is no minimum becomes `STALLED`."""
-        solution = self.solver.run(f, z0, record=record, layout=layout, together=together)
+        """See `SolverLoop.run`. A sample that is not what its solver took it for becomes `STALLED`."""
+        assert isinstance(f, Bound)
+        assert z0 is not None
+        found = self.solver.run(f, z0, record=record, layout=layout, together=together)
+        with torch.enable_grad():
+            z = found.z.detach().clone().requires_grad_()
+            r = f.image(z)
+        product = vjp_of(r, z)
+        solution = self._measured_again(found, z.detach(), r.detach(), z0, product, layout)
         if not self.probes:
             return solution
-        with torch.enable_grad():
-            z = solution.z.detach().clone().requires_grad_()
-            fz = f(z)
-        down, products = curves_down(vjp_of(fz, z), z, self.probes)
+        down, products = curves_down(lambda v: -product(v), z, self.probes)
         status = solution.status.masked_fill(down & solution.converged, Status.STALLED)
-        return dataclasses.replace(solution, status=status, nfe=solution.nfe + 1 + products)
+        return dataclasses.replace(solution, status=status, nfe=solution.nfe + products)
+
+    def _measured_again(
+        self, found: Solution, z: Tensor, r: Tensor, z0: Tensor, product: Map, layout: Layout | None
+    ) -> Solution:
+        """The account of a solve with the residual r (B, D) in it."""
+        leaves = [z.shape[1]]
+        if layout is not None and getattr(self.solver, "norm", "l2") == "max":
+            leaves = list(layout.sizes)
+
+        def sizes(t: Tensor) -> Tensor:
+            return torch.stack([per_sample(leaf) for leaf in t.split(leaves, dim=1)], dim=1)
+
+        scale = step_scale(size_of(product, z), z, z0)[:, None] if self.scaled else sizes(z + r)
+        solution = dataclasses.replace(
+            found,
+            abs_residual=leaf_max(sizes(r)).nan_to_num(nan=torch.inf),
+            rel_residual=leaf_max(relative(sizes(r), scale)).nan_to_num(nan=torch.inf),
+            stop_mode="rel" if self.scaled else found.stop_mode,
+            nfe=found.nfe + 1 + self.scaled,
+        )
+        met = solution.residual <= solution.tol
+        status = found.status.masked_fill(found.converged & ~met, Status.STALLED)
+        status = status.masked_fill(met & (status != Status.NON_FINITE), Status.CONVERGED)
+        return dataclasses.replace(solution, status=status)
 
     def __repr__(self) -> str:
         return repr(self.solver)
 
 
-def curves_down(linear: Map, z: Tensor, most: int) -> tuple[Tensor, int]:
-    """Which samples have a direction p with ⟨p, (I − L) p⟩ < 0, (B,), as far as CG meets one; and the products made.
+def curves_down(hessian: Map, z: Tensor, most: int) -> tuple[Tensor, int]:
+    """Which samples have a direction p with ⟨p, H p⟩ < 0, (B,), as far as CG meets one; and the products made.
 
     CG meets one within k steps if and only if k Lanczos steps from the same start show a negative eigenvalue.
 
     Arguments:
-        linear: L, symmetric, (B, D) -> (B, D).
-        z: of the shape of what L takes, (B, D).
+        hessian: H, symmetric, (B, D) -> (B, D).
+        z: of the shape of what H takes, (B, D).
         most: how many products at most.
 
     Example:
-        >>> curves_down(lambda v: torch.tensor([[0.5, 1.5], [0.5, 0.7]]) * v, torch.zeros(2, 2), 5)
+        >>> curves_down(lambda v: torch.tensor([[0.5, -0.5], [0.5, 0.3]]) * v, torch.zeros(2, 2), 5)
         (tensor([ True, False]), 2)
     """
     generator = torch.Generator().manual_seed(
@@ -369,8 +452,8 @@ def curves_down(linear: Map, z: Tensor, most: int) -> tuple[Tensor, int]:
         p = torch.where((state.rho > eps * dot(start, start))[:, None], state.probe, 0.0)
         if not bool(p.any()):
             return down, k
-        ap = p - linear(p)
+        ap = hessian(p)
         state, _ = cg.advance(ap, state._replace(probe=p))
-        # Beyond rounding: a curvature of zero is no saddle.
-        down = down | (dot(p, ap) < -(eps**0.5) * state.norm * dot(p, p))
+        # Beyond the rounding of H p: a curvature of zero is no saddle.
+        down = down | (dot(p, ap) < -32 * eps * state.norm * dot(p, p))
     return down, most

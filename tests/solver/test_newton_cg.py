@@ -65,3 +65,13 @@ def test_a_steep_wall_shortens_the_step():
 def test_what_has_no_minimum_does_not_converge():
     solution = NewtonCG(max_iter=100)(downhill(lambda y: y.sum(1)), torch.zeros(2, 3, dtype=F64))
     assert not bool(solution.converged.any())
+
+
+def test_the_slope_alone_decides_so_that_phi_may_rise():
+    """−y + y²/4 + 5σ(20(y − 1)) has a minimum near 0.75, before its rise; the first step leads behind it."""
+    phi = lambda y: (-y + y**2 / 4 + 5 * torch.sigmoid(20 * (y - 1))).sum(1)  # noqa: E731
+    start = torch.zeros(1, 1, dtype=F64)
+    solution = NewtonCG(tol=1e-8, max_iter=200)(downhill(phi), start)
+    assert bool(solution.converged)
+    assert grad(lambda y: phi(y).sum())(solution.z).abs().max() <= 1e-8
+    assert phi(solution.z) > phi(start)

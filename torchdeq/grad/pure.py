@@ -42,6 +42,10 @@ from torchdeq.grad.base import OnBackward
 from torchdeq.grad.inverse import jvp_of, vjp_of
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop
+from torchdeq.solver.bicgstab import BiCGSTAB
+from torchdeq.solver.cg import CG
+from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.maps import root_of_scale, size_of
 
 Image = Callable[..., Tensor]  # (z (B, D), *θ) -> (B, D)
 Grads = tuple[Tensor | None, ...]
@@ -83,6 +87,7 @@ class System:
         maps: per vmap around it, innermost first: the number of instances and the mapped dimension of each θ.
         looks: evaluations of f that were made to see what it closes over.
         search: (z0 (B, D), *θ) -> (B, D), one instance, for a solver that does without `image`.
+        apart: whether `image` is f(z) − z. All derivatives but J = I + ∂(f − z)/∂z are the same.
     """
 
     image: Image
@@ -98,9 +103,13 @@ class System:
     maps: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
     looks: int = 0
     search: Image | None = None
+    apart: bool = False
 
     def __call__(self, z: Tensor, *theta: Tensor) -> Tensor:
-        """f(z, θ), (B, D), under the states of the forward pass. Can be differentiated and mapped."""
+        """f(z, θ), or f(z, θ) − z if `apart`, (B, D), under the states of the forward pass.
+
+        Can be differentiated and mapped.
+        """
         with self.amp.on(), self.noise():
             return self.image(z, *theta)
 
@@ -143,14 +152,29 @@ class System:
             return self.solve_traced(b, z, fz, transposed=transposed)
 
     def solve_traced(self, b: Tensor, z: Tensor, fz: Tensor, *, transposed: bool) -> Tensor:
-        """The same, from the graph of fz = f(z)."""
+        """The same, from the graph of fz = f(z), or of f(z) − z."""
         product: Map = vjp_of(fz, z) if transposed else jvp_of(fz, z)
         with torch.no_grad():
-            x, solution = solve_adjoint(product, b, self.adjoint, self.layout)
+            solve = self._solve_apart if self.apart else solve_adjoint
+            x, solution = solve(product, b, self.adjoint, self.layout)
         if self.on_backward is not None:
             self.on_backward(solution)
         self.reports[1](solution)
         return x
+
+    @staticmethod
+    def _solve_apart(
+        product: Map, b: Tensor, solver: SolverLoop, layout: Layout | None
+    ) -> tuple[Tensor, Solution]:
+        """x with −K x = b, from products with K = J − I or its transpose, whatever their scale.
+
+        ρ(−K)ρ stands for the matrix, large beside the identity that a solver of x = Jx + b adds and takes off again: as
+        large as keeps all digits for methods that do not mind, and of size 1 for others.
+        """
+        target = torch.finfo(b.dtype).eps ** -0.5 if isinstance(solver, _SCALE_FREE) else 1.0
+        root = root_of_scale(size_of(product, b), target)
+        x, solution = solve_adjoint(lambda v: v + root * product(root * v), root * b, solver, layout)
+        return root * x, dataclasses.replace(solution, nfe=solution.nfe + 1)
 
     def looked_through(self, z: Tensor, theta: Sequence[Tensor]) -> System:
         """The system, after a look at whether f closes over something that a transform of torch.func has hold of.
@@ -169,6 +193,8 @@ class System:
         out = _Solve.apply(self, z0, *theta)
         return (out[0], dict(zip(_FIGURES, out[1:], strict=True))) if isinstance(out, tuple) else (out, {})
 
+
+_SCALE_FREE = (GMRES, BiCGSTAB, CG)  # what they find for (sA) x = s b does not depend on s
 
 _PER_SAMPLE = ("abs_residual", "rel_residual", "status", "nstep")
 _TRACES = ("abs_trace", "rel_trace")
@@ -196,8 +222,15 @@ class Bound:
         self.theta = theta
         self.fresh = True
         self.looks = 0  # evaluations that the solver does not know of
+        #: z -> f(z) − z, if f is known by it
+        self.displacement: Map | None = self.image if system.apart else None
 
     def __call__(self, z: Tensor) -> Tensor:
+        image = self.image(z)
+        return z + image if self.system.apart else image
+
+    def image(self, z: Tensor) -> Tensor:
+        """What the system calls its image."""
         inputs = [t for t in (z, *self.theta) if not t.is_inference()]
         before = [t._version for t in inputs]
         first = self._first(z) if self.fresh else None

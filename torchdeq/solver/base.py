@@ -274,13 +274,13 @@ class SolverLoop:
         """z, in the precision in which f has seen it, with its residual, from fz = f(z)."""
         z = f.rounded(z)
         with torch.no_grad():  # norms only decide; an unrolled solve would keep a graph of each
+            r = f.residual(z, fz)
             if self._by_leaf(f):
-                size = torch.stack(
-                    [per_sample(r) for r in (fz - z).split(f.sizes, dim=1)], dim=1
-                )  # (B, leaves)
+                # (B, leaves)
+                size = torch.stack([per_sample(leaf) for leaf in r.split(f.sizes, dim=1)], dim=1)
                 scale = torch.stack([per_sample(leaf) for leaf in fz.split(f.sizes, dim=1)], dim=1)
             else:
-                size, scale = per_sample(fz - z), per_sample(fz)
+                size, scale = per_sample(r), per_sample(fz)
             measure = leaf_max(relative(size, scale) if self.stop_mode == "rel" else size)
         return Iterate(z, size, scale, measure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdeq._replay import AutocastState
-from torchdeq._state import Layout, Map, select_rows
+from torchdeq._state import Layout, Map, per_sample, select_rows
 
 if TYPE_CHECKING:
     from torchdeq.solver.learned import Learned
@@ -83,11 +84,50 @@ class Tally:
         """z in the precision in which f sees it."""
         return z if self.layout is None else self.layout.rounded(z)
 
+    def residual(self, z: Tensor, fz: Tensor) -> Tensor:
+        """f(z) − z of the last call, fz = f(z), both (B, D)."""
+        return fz - z
+
     def select(self, rows: Tensor) -> Tally:
         """f for some of the samples, with a count that goes on from here."""
         few = Tally(select_rows(self.f, rows), self.amp, self.limit, self.layout)
         few.calls = self.calls
         return few
+
+
+def size_of(linear: Map, like: Tensor) -> Tensor:
+    """‖A v‖ / ‖v‖ per sample, (B,), for a normal v: about ‖A‖_F / √D, and never more than ‖A‖. One product.
+
+    Arguments:
+        linear: A or Aᵀ, (B, D) -> (B, D).
+        like: of the shape and dtype of what it takes.
+
+    Example:
+        >>> torch.allclose(size_of(lambda v: -3 * v, torch.zeros(2, 4)), torch.tensor(3.0))
+        True
+    """
+    # The same v for all samples, as they do not depend on each other.
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(like.shape[1], generator=generator, dtype=torch.float64).to(like).expand_as(like)
+    return per_sample(linear(v)) / per_sample(v).clamp_min(torch.finfo(like.dtype).tiny)
+
+
+def root_of_scale(size: Tensor, target: float = 1.0) -> Tensor:
+    """ρ, (B, 1), a power of two per sample with ρ² size between target/4 and target.
+
+    A linear system A x = b is solved as ρAρ (x/ρ) = ρb. That stays symmetric if A is, and rounds nothing. A size of
+    zero counts as 1.
+
+    Example:
+        >>> root_of_scale(torch.tensor([1.0, 1e-8, 0.0, torch.inf]))
+        tensor([[1.0000e+00],
+                [8.1920e+03],
+                [1.0000e+00],
+                [1.0000e+00]])
+    """
+    known = size.isfinite() & (size > 0)
+    power = (math.log2(target) - torch.where(known, size, 1.0).double().log2()) / 2
+    return torch.exp2(power.floor()).to(size.dtype)[:, None]
 
 
 class Operator:

@@ -4,9 +4,9 @@
 
 To a solver of fixed points −∇φ is the residual, and I − J is H. Source: Nocedal and Wright, Numerical Optimization
 (2006), algorithm 7.1, with the forcing term η of Eisenstat and Walker (1996), doi 10.1137/0917003, choice 2. φ itself
-is not seen. So the line search looks at the slope φ'(α) = ⟨∇φ(y + α d), d⟩ and accepts where φ'(α) ≤ −0.8 φ'(0), which
-is Armijo's condition with the constant 0.1 for the difference of φ by the trapezoidal rule; Hager and Zhang (2005), doi
-10.1137/030601880, equation 4.1.
+is not seen, and may rise. So the line search looks at the slope φ'(α) = ⟨∇φ(y + α d), d⟩ and accepts where
+φ'(α) ≤ −0.8 φ'(0), which is Armijo's condition with the constant 0.1 for the difference of φ by the trapezoidal rule;
+Hager and Zhang (2005), doi 10.1137/030601880, equation 4.1.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class NewtonCGState(NamedTuple):
 class NewtonCG(Solver):
     """Newton–CG with a line search, per sample, for an f(y) = y − ∇φ(y). The default of `implicit_minimum`.
 
-    It goes downhill, so that it leaves a saddle or a maximum for a minimum, unless it is started exactly there. Each
-    product with H counts as an evaluation. Memory is that of one graph of f and of some ten states.
+    Each direction leads downhill at first, so that it leaves a saddle or a maximum for a minimum, unless it is started
+    exactly there. How far it goes is decided by the slope at the end alone: φ may be higher there, behind a rise within
+    one step, and nothing keeps y inside a domain outside of which ∇φ still is a number. Each product with H counts as
+    an evaluation. Memory is that of one graph of f and of some ten states.
 
     Example:
         The minimum of y⁴/4 − y²/2, from beside the maximum at 0.
@@ -77,7 +79,7 @@ class NewtonCG(Solver):
     def step(self, f: Map, z: Tensor, fz: Tensor, state: NewtonCGState) -> tuple[Tensor, NewtonCGState]:
         """A new direction where the last trial was accepted; a shorter trial where it was not."""
         assert isinstance(f, Hessian)
-        r = fz - z
+        r = f.residual(z, fz)
         size = per_sample(r)
         slope = dot(r, state.d)
         accepted = (
@@ -112,8 +114,7 @@ class NewtonCG(Solver):
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         z = start_of(f.f) if z0 is None else z0
-        traced = Hessian(f.f, f.amp, f.limit, f.layout)
-        traced.calls = f.calls
+        traced = Hessian.of(f)
         solution = self._iterate(traced, z, self.init(z), record)
         f.calls = traced.calls
         return solution
@@ -128,13 +129,16 @@ class Hessian(Linearised):
         few.calls = self.calls
         return few
 
-    def solve(self, linear: CG, r: Tensor, limit: Tensor) -> Tensor:  # type: ignore[override]
+    def solve(self, linear: Truncated, r: Tensor, limit: Tensor) -> Tensor:  # type: ignore[override]
         """d with (I − J) d = r to the residual norms `limit` (B,), within the evaluations that are left but one."""
         if self.calls >= self.limit - 1 or not bool(limit.isfinite().any()) or not self.image.requires_grad:
             return r
+        root = self._root(r)
+        if root is not None:  # where φ is flat, as far as if its curvature were that of H
+            linear = linear.replace(flat=torch.finfo(r.dtype).eps ** 0.5)
         products = Tally(self._product, self.amp)
         products.calls = self.calls
-        found = linear.solve(products, r, limit=limit, budget=self.limit - 1, check=False)
+        found = self._found(linear, products, r, limit, root)
         self.calls = products.calls
         return torch.where((found.steps > 0)[:, None], found.u, r)
 
@@ -150,12 +154,17 @@ class Truncated(CG):
     Along a first direction in which φ curves down it goes as far as if φ curved up as much; where φ does not curve, as
     far as the residual.
 
+    Arguments:
+        flat: by how much to multiply the residual for that.
+
     Example:
         >>> import torch
         >>> r = torch.ones(1, 2)
         >>> [method.advance(-2 * r, method.first(r))[0].u.tolist() for method in (CG(), Truncated())]
         [[[0.0, 0.0]], [[0.5, 0.5]]]
     """
+
+    flat: float = 1.0
 
     #: In what it minimises, φ's quadratic model.
     monotone: ClassVar[bool] = True
@@ -166,5 +175,5 @@ class Truncated(CG):
         curvature = dot(state.probe, ap).abs()
         stuck = state.probe.any(dim=1) & ~state.u.any(dim=1) & ~after.u.any(dim=1)
         curves = curvature > torch.finfo(ap.dtype).eps * after.norm * state.rho
-        length = torch.where(stuck, torch.where(curves, state.rho / curvature, 1.0), 0.0)
+        length = torch.where(stuck, torch.where(curves, state.rho / curvature, self.flat), 0.0)
         return after._replace(u=after.u + length[:, None] * state.probe), estimate

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from torchdeq._state import Map, per_sample, select_rows
 from torchdeq.solution import Solution
-from torchdeq.solver.affine import AffineSolver
+from torchdeq.solver.affine import AffineSolver, Krylov
 from torchdeq.solver.base import Solver, start_of
 from torchdeq.solver.gmres import GMRES
-from torchdeq.solver.maps import Tally, with_transpose
+from torchdeq.solver.maps import Tally, root_of_scale, size_of, with_transpose
 
 _DECREASE, _SMALLEST = 1e-4, 1 / 64  # Armijo's constant, and the step length that is accepted in any case
 _ETA, _GAMMA = 0.5, 0.9  # the first forcing term, also the largest; and Eisenstat and Walker's γ
@@ -98,7 +98,7 @@ class NewtonKrylov(Solver):
     def step(self, f: Map, z: Tensor, fz: Tensor, state: NewtonState) -> tuple[Tensor, NewtonState]:
         """A new direction where the last trial was accepted; a shorter trial where it was not. First a Picard step."""
         assert isinstance(f, Linearised)
-        r = fz - z
+        r = f.residual(z, fz)
         size = per_sample(r)
         if not state.begun:
             # f is often at its worst where one begins: a norm layer has no useful derivative at 0.
@@ -131,8 +131,8 @@ class NewtonKrylov(Solver):
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         z = start_of(f.f) if z0 is None else z0
-        traced = Linearised(f.f, f.amp, f.limit, f.layout)
-        traced.calls, traced.exact = f.calls, self.derivative == "exact"
+        traced = Linearised.of(f)
+        traced.exact = self.derivative == "exact"
         solution = self._iterate(traced, z, self.init(z), record)
         f.calls = traced.calls
         return solution
@@ -141,26 +141,60 @@ class NewtonKrylov(Solver):
 class Linearised(Tally):
     """f, and products with its Jacobian where it was called last.
 
+    An f that has a `displacement`, z -> f(z) − z, is asked for that alone: where the residual is small beside z, adding
+    z to it and taking z off again would leave rounding. A = I − J then is −∂(f − z)/∂z, and to be handed to a solver of
+    affine maps as I − L without loss it is scaled to be large beside the identity.
+
     Arguments:
-        exact: whether they are derivatives; else differences.
+        exact: whether the products are derivatives; else differences.
     """
 
     exact = True
+    apart = False  # whether `self.f` is the displacement
+    start: Tensor | None = None  # where it was called first
+
+    @classmethod
+    def of(cls, f: Tally) -> Self:
+        """For the f of another tally, with a count that goes on from there."""
+        displacement = getattr(f.f, "displacement", None)
+        traced = cls(displacement or f.f, f.amp, f.limit, f.layout)
+        traced.calls, traced.apart = f.calls, displacement is not None
+        return traced
 
     def __call__(self, z: Tensor) -> Tensor:
+        self._size: Tensor | None = None
         self.at = z
+        self.start = z if self.start is None else self.start
         if not self.exact:
             self.image = super().__call__(z).clone()  # f may write its next output into the same memory
-            return self.image
-        with torch.inference_mode(False), torch.enable_grad():
-            self.at = z.detach().clone().requires_grad_()
-            try:
-                # A copy, so that an f in place meets our error.
-                self.image = super().__call__(self.at.clone())
-            except RuntimeError as error:
-                error.add_note(_NOT_EXACT)
-                raise
-        return self.image.detach()
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.at = z.detach().clone().requires_grad_()
+                try:
+                    # A copy, so that an f in place meets our error.
+                    self.image = super().__call__(self.at.clone())
+                except RuntimeError as error:
+                    error.add_note(_NOT_EXACT)
+                    raise
+        image = self.image.detach()
+        return z + image if self.apart else image
+
+    def residual(self, z: Tensor, fz: Tensor) -> Tensor:
+        """See `Tally.residual`."""
+        return self.image.detach() if self.apart else fz - z
+
+    def size(self) -> Tensor:
+        """About ‖I − J‖, (B,); one product for each evaluation."""
+        if self._size is None:
+            self.calls += 1
+            product = self._vjp if self.exact else self._difference
+            with torch.inference_mode(False):
+                at = self.at.detach()
+                if self.apart:
+                    self._size = size_of(lambda v: product(v).detach(), at)
+                else:
+                    self._size = size_of(lambda v: v - product(v).detach(), at)
+        return self._size
 
     def select(self, rows: Tensor) -> Linearised:
         """See `Tally.select`."""
@@ -172,6 +206,7 @@ class Linearised(Tally):
         """d with (I − J) d = r to the residual norms `limit` (B,), within the evaluations that are left but one."""
         if self.calls >= self.limit - 2 or not bool(limit.isfinite().any()):
             return r
+        root = self._root(r)
         products = Tally(self._difference, self.amp)
         products.calls = self.calls
         with torch.inference_mode(False):
@@ -182,13 +217,31 @@ class Linearised(Tally):
                 _, products.f = with_transpose(self._vjp, r)
                 products.calls += 1
             try:
-                found = linear.solve(products, r, limit=limit, budget=self.limit - 1, check=False)
+                found = self._found(linear, products, r, limit, root)
             except RuntimeError as error:
                 raise RuntimeError(f"{_NOT_EXACT} Autograd said: {error.__cause__ or error}") from error
         self.calls = products.calls
         return torch.where((found.steps > 0)[:, None], found.u, r)
 
+    def _root(self, like: Tensor) -> Tensor | None:
+        """ρ of `root_of_scale` that makes ρAρ large beside the identity; None if A is made from J."""
+        return root_of_scale(self.size(), torch.finfo(like.dtype).eps ** -0.5) if self.apart else None
+
+    def _found(
+        self, linear: AffineSolver, products: Tally, r: Tensor, limit: Tensor, root: Tensor | None
+    ) -> Krylov:
+        """What `linear` finds for (I − J) d = r. `products` has J; with a `root` it has J − I."""
+        budget = self.limit - 1
+        if root is None:
+            return linear.solve(products, r, limit=limit, budget=budget, check=False)
+        plain = products.f
+        products.f = lambda v: v + root * plain(root * v)
+        found = linear.solve(products, root * r, limit=root[:, 0] * limit, budget=budget, check=False)
+        return found._replace(u=root * found.u)
+
     def _vjp(self, w: Tensor) -> Tensor:
+        if not self.image.requires_grad:
+            return torch.zeros_like(w)
         (product,) = torch.autograd.grad(self.image, self.at, w, create_graph=True, materialize_grads=True)
         return product
 
