@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.problems import SymmetricMap, TanhMap, cotangent, error, exact_gradient, solve_exactly
-from torchdeq import SOLVERS, Anderson, ConvergenceWarning
+from torchdeq import GMRES, IFT, SHINE, SOLVERS, Anderson, ConvergenceWarning, PhantomGrad, Reversible
 from torchdeq.grad import GradFunctor, backward_factory
 from torchdeq.solver import SolverStat, anderson_solver
 
@@ -129,8 +129,8 @@ def test_wrong_calls_teach():
         backward_factory(b_solver="anderson", b_solver_kwargs={"stop_mod": "rel"})
     with pytest.warns(UserWarning, match="ignores the keyword .*Did you mean 'hook_ift'"):
         backward_factory(hook_itf=True)
-    with pytest.warns(UserWarning, match="sup_gap and sup_loc"):
-        backward_factory("ift", sup_gap=2)
+    with pytest.warns(UserWarning, match="ignores sup_gap and tau: "):
+        backward_factory("ift", sup_gap=2, tau=0.5)
     with pytest.raises(TypeError, match="name of a solver, a Solver or a solver function"):
         backward_factory(b_solver=3)
 
@@ -149,3 +149,49 @@ def test_options_given_to_the_factory_are_not_changed():
     backward_factory(b_solver="anderson", b_solver_kwargs=options)
     assert options == {"max_iter": 7}
     assert inspect.signature(backward_factory).parameters["b_solver_kwargs"].default == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hook_ift": True},
+        {"b_solver": "gmres"},
+        {"b_solver_kwargs": {"tol": 1}},
+        {"sup_gap": 2},
+        {"sup_loc": [1]},
+        {"tau": 0.5},
+    ],
+)
+def test_options_beside_a_method_that_has_its_own_are_refused(options):
+    for method in (IFT(), PhantomGrad(steps=3)):
+        assert backward_factory(method).method is method
+        with pytest.raises(TypeError, match=f"{next(iter(options))}=.*has its options already"):
+            backward_factory(method, **options)
+
+
+@pytest.mark.parametrize("grad_type", [3, "jfb", "phantom_neumann"])
+def test_a_hook_of_a_method_that_has_none_is_ignored_with_a_warning(grad_type):
+    with pytest.warns(UserWarning, match="ignores hook_ift: only 'ift' has a hook"):
+        assert backward_factory(grad_type, hook_ift=True) == backward_factory(grad_type)
+
+
+def test_an_adjoint_solver_of_a_phantom_gradient_is_ignored_with_a_warning():
+    with pytest.warns(UserWarning, match="ignores b_solver and b_solver_kwargs"):
+        backward_factory(3, b_solver="gmres", b_solver_kwargs={"tol": 1e-3})
+
+
+@pytest.mark.parametrize("grad_type", ["shine", "reversible", SHINE(), Reversible(beta=0.3)])
+def test_methods_that_need_the_forward_solve_are_refused_at_once(grad_type):
+    with pytest.raises(TypeError, match=r"needs the forward solve.*DEQ\(solver, grad="):
+        backward_factory(grad_type)
+
+
+def test_numbers_and_options_of_other_kinds():
+    three = torch.tensor([3]).numpy()[0]
+    assert backward_factory(three, sup_gap=three).method == PhantomGrad(steps=3, sup_gap=3)
+    assert backward_factory(three, sup_loc=[three]).method == PhantomGrad(steps=3, sup_loc=(3,))
+    assert backward_factory(b_solver="gmres", b_solver_kwargs=None).method == IFT(solver=GMRES())
+    with pytest.raises(TypeError, match="b_solver_kwargs=3.*mapping"):
+        backward_factory(b_solver_kwargs=3)
+    with pytest.raises(ValueError, match="no gradient method True"):
+        backward_factory(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def backward_factory(
     grad_type: str | int | GradMethod = "ift",
     hook_ift: bool = False,
     b_solver: str | Solver | Callable[..., Any] | None = None,
-    b_solver_kwargs: Mapping[str, Any] = {},
+    b_solver_kwargs: Mapping[str, Any] | None = {},
     sup_gap: int = -1,
     sup_loc: Sequence[int] | None = None,
     tau: float = 1.0,
@@ -132,7 +133,11 @@ def backward_factory(
 
     Raises:
         ValueError: an unknown `grad_type` or solver, or a value out of range.
-        TypeError: an option that the solver does not have.
+        TypeError: an option that the solver or the method does not have; an option beside a `GradMethod`, which has
+            its own; a method that needs the forward solve, 'shine' or 'reversible'.
+
+    What 0.1.0 took and ignored is ignored with a warning: `hook_ift` of any method but 'ift', the adjoint solver of a
+    phantom gradient, `sup_gap`, `sup_loc` and `tau` of 'ift'.
 
     Example:
         >>> import torch
@@ -148,33 +153,99 @@ def backward_factory(
         >>> backward_factory('phantom_neumann', terms=3, tau=0.5).method
         NeumannPhantom(terms=3, tau=0.5)
     """
+    b_solver_kwargs = _checked_options(b_solver_kwargs)
+    loc = tuple(int(at) for at in sup_loc) if sup_loc is not None else ()
+    values = (hook_ift, b_solver, b_solver_kwargs, sup_gap, loc, tau)
+    given = {
+        name: value for name, value in zip(_PARAMETERS[1:], values, strict=True) if value != _NEUTRAL[name]
+    }
     known = _options_of(grad_type)
     options = {name: value for name, value in grad_factory_kwargs.items() if name in known}
     for name in grad_factory_kwargs:
         if name not in known:
             hint = did_you_mean(name, [*_PARAMETERS, *known])
             warnings.warn(f"backward_factory ignores the keyword {name!r}.{hint}", UserWarning, stacklevel=2)
-    if isinstance(grad_type, str) and grad_type != "ift" and grad_type in GRADS:
-        options |= {"tau": tau} if tau != 1.0 else {}
-        options |= {"sup_gap": sup_gap} if sup_gap != -1 else {}
-        options |= {"sup_loc": tuple(sup_loc)} if sup_loc else {}
-        return GradFunctor(_with_solver(as_grad(grad_type, **options), b_solver, b_solver_kwargs))
-    if grad_type == "ift":
-        solver = as_solver(IFT().solver if b_solver is None else b_solver, **b_solver_kwargs)
-        if sup_gap != -1 or sup_loc:
-            warnings.warn(
-                "backward_factory('ift') returns one state: sup_gap and sup_loc sample the steps of a phantom "
-                "gradient and change nothing here.",
-                UserWarning,
-                stacklevel=2,
-            )
-        return GradFunctor(IFT(solver=solver, hook=hook_ift, **options))
     if isinstance(grad_type, GradMethod):
-        return GradFunctor(grad_type)
-    if isinstance(grad_type, int):
-        loc = tuple(sup_loc or ())
-        return GradFunctor(PhantomGrad(steps=grad_type, tau=tau, sup_gap=sup_gap, sup_loc=loc))
-    return GradFunctor(as_grad(grad_type))
+        return GradFunctor(_that_attaches(_as_it_is(grad_type, given)))
+    if isinstance(grad_type, numbers.Integral) and not isinstance(grad_type, bool):
+        _warn_of_no_use(int(grad_type), given, ("hook_ift", "b_solver", "b_solver_kwargs"))
+        phantom = PhantomGrad(steps=int(grad_type), tau=tau, sup_gap=int(sup_gap), sup_loc=loc)
+        return GradFunctor(phantom)
+    if grad_type == "ift":
+        _warn_of_no_use("ift", given, ("sup_gap", "sup_loc", "tau"))
+        solver = as_solver(IFT().solver if b_solver is None else b_solver, **b_solver_kwargs)
+        return GradFunctor(IFT(solver=solver, hook=hook_ift, **options))
+    if isinstance(grad_type, str) and grad_type in GRADS:
+        _that_attaches(as_grad(grad_type))
+        _warn_of_no_use(grad_type, given, ("hook_ift",))
+        options |= {name: given[name] for name in ("tau", "sup_gap", "sup_loc") if name in given}
+    return GradFunctor(_with_solver(as_grad(grad_type, **options), b_solver, b_solver_kwargs))
+
+
+_NEUTRAL: dict[str, Any] = {
+    "hook_ift": False,
+    "b_solver": None,
+    "b_solver_kwargs": {},
+    "sup_gap": -1,
+    "sup_loc": (),
+    "tau": 1.0,
+}
+
+
+def _checked_options(b_solver_kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if b_solver_kwargs is None:
+        return {}
+    if not isinstance(b_solver_kwargs, Mapping):
+        raise TypeError(
+            f"backward_factory(b_solver_kwargs={b_solver_kwargs!r}): expected a mapping of option names of the "
+            f"adjoint solver to values, such as {{'max_iter': 50}}."
+        )
+    return b_solver_kwargs
+
+
+def _as_it_is(method: GradMethod, given: Mapping[str, Any]) -> GradMethod:
+    """The method, beside which no options may be given."""
+    if given:
+        options = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise TypeError(
+            f"backward_factory({method!r}, {options}): a GradMethod has its options already, and these would change "
+            f"nothing. Set them on the method, as in {type(method).__name__}(…); or give its name or, for a phantom "
+            f"gradient, its number of steps."
+        )
+    return method
+
+
+def _that_attaches(method: GradMethod) -> GradMethod:
+    """The method, which must be able to do with a solved state."""
+    if method.needs_solve:
+        raise TypeError(
+            f"backward_factory: {method!r} needs the forward solve, and a functor gets a solved state alone. Use "
+            f"torchdeq.DEQ(solver, grad={method!r}), which runs both."
+        )
+    return method
+
+
+def _warn_of_no_use(grad_type: str | int, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """0.1.0 ignored what a method has no use for, and so may programs that pass everything."""
+    idle = [name for name in names if name in given]
+    if idle:
+        warnings.warn(
+            f"backward_factory({grad_type!r}) ignores {' and '.join(idle)}: {_WHY[idle[0]]}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+_ADJOINT = "only a method that solves an adjoint system, such as 'ift', has a use for it."
+_PHANTOM = "it is for the steps of a phantom gradient, and 'ift' returns one state, the solution."
+_WHY = {
+    "hook_ift": "only 'ift' has a hook.",
+    "b_solver": _ADJOINT,
+    "b_solver_kwargs": _ADJOINT,
+    "sup_gap": _PHANTOM,
+    "sup_loc": _PHANTOM,
+    "tau": _PHANTOM,
+}
 
 
 def _with_solver(
