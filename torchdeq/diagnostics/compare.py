@@ -320,7 +320,7 @@ def _candidates_for(deq: DEQ) -> list[Candidate]:
 
 def _exact_on_model(model: nn.Module, loss: Callable[..., Tensor], inputs: Any, tol: float) -> Tensor:
     """The gradient of all parameters in one vector, float64."""
-    solver = Anderson(tol=tol, stop_mode="rel", max_iter=1000)
+    solver = Multisecant(tol=tol, stop_mode="rel", max_iter=1000)
     method = IFT(solver=GMRES(tol=tol, max_iter=300))
     called: list[Solution] = []
     exact = with_method(model, method, solver, called, [], throw=True).double()
