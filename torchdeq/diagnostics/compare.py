@@ -40,7 +40,6 @@ from torchdeq.grad import (
 from torchdeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution
 from torchdeq.solver import (
     GMRES,
-    Anderson,
     Broyden,
     FixedPointIteration,
     Multisecant,
