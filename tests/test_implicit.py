@@ -613,3 +613,9 @@ def test_a_function_that_minimises_is_measured_at_the_objectives_scale():
     objective = lambda y, t: 1e-9 * (y - t).square().sum()  # noqa: E731
     with pytest.warns(ConvergenceWarning, match="norm of the objective's gradient"):
         implicit_minimum(objective, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), solver=sloppy)
+
+
+def test_an_unknown_that_runs_away_does_not_excuse_the_others():
+    """y − log y is a number below 0 too if only its gradient is looked at: 1 − 1/y."""
+    with pytest.warns(ConvergenceWarning, match="did not converge"):
+        implicit_minimum(lambda y: (y - y.log()).sum(), torch.tensor([1e-3, 50.0], dtype=F64))

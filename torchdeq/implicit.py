@@ -6,7 +6,9 @@
 so both are solved and differentiated as `torchdeq.functional` does it. But where F is small beside y, y − F(y) has lost
 it. So F, and products with A = ∂F/∂y, are taken by themselves, and the usual stop test does not know F's scale:
 
-    ‖F(y)‖ ≤ tol ‖A‖ max(‖y‖, ‖y − y0‖),    ‖A‖ estimated at y by ‖Aᵀv‖ / ‖v‖ with a normal v, which is ‖A‖_F / √n.
+    ‖F(y)‖ ≤ tol max(‖a ∘ y‖, ‖a ∘ (y − y0)‖),    a = Aᵀv with a generic v, of the size of the columns of A at y,
+
+which is tol times what F would be for a y that is all wrong: in short, tol ‖A‖ max(‖y‖, ‖y − y0‖).
 
 Sources: Blondel et al. (2022), arXiv
 2105.15183; Pedregosa (2016), arXiv 1602.02355, and Rajeswaran et al. (2019), arXiv 1909.04630, for CG on the Hessian.
@@ -32,7 +34,7 @@ from torchdeq.solver.affine import dot
 from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.cg import CG
 from torchdeq.solver.gmres import GMRES
-from torchdeq.solver.maps import Tally, size_of
+from torchdeq.solver.maps import Tally, generic
 from torchdeq.solver.newton_cg import NewtonCG
 from torchdeq.solver.newton_krylov import Linearised, NewtonKrylov, NewtonState
 from torchdeq.solver.registry import FunctionSolver
@@ -306,13 +308,16 @@ def against_steps(now: Iterate, solver: SolverLoop, f: Tally) -> Iterate:
     """The same measurement, relative to what F would be at a distance like that of y from 0, or from the start."""
     if solver.stop_mode != "rel" or not isinstance(f, Linearised) or f.start is None:
         return now
-    scale = step_scale(f.size(), now.z, f.start)
+    scale = step_scale(f.columns(), now.z, f.start)
     return now._replace(scale=scale, measure=relative(now.size, scale))
 
 
-def step_scale(size: Tensor, z: Tensor, start: Tensor) -> Tensor:
-    """‖A‖ max(‖z‖, ‖z − start‖), (B,), with ‖A‖ = size (B,)."""
-    return size * torch.maximum(per_sample(z), per_sample(z - start))
+def step_scale(columns: Tensor, z: Tensor, start: Tensor) -> Tensor:
+    """max(‖a ∘ z‖, ‖a ∘ (z − start)‖), (B,), with a = `columns` (B, D).
+
+    Not ‖A‖ ‖z‖: where one unknown runs away to where F does not feel it, that would excuse what another does to F.
+    """
+    return torch.maximum(per_sample(columns * z), per_sample(columns * (z - start)))
 
 
 class Outside(SolverLoop):
@@ -410,7 +415,7 @@ class Measured(SolverLoop):
         def sizes(t: Tensor) -> Tensor:
             return torch.stack([per_sample(leaf) for leaf in t.split(leaves, dim=1)], dim=1)
 
-        scale = step_scale(size_of(product, z), z, z0)[:, None] if self.scaled else sizes(z + r)
+        scale = step_scale(product(generic(z)), z, z0)[:, None] if self.scaled else sizes(z + r)
         solution = dataclasses.replace(
             found,
             abs_residual=leaf_max(sizes(r)).nan_to_num(nan=torch.inf),

@@ -95,8 +95,18 @@ class Tally:
         return few
 
 
+def generic(like: Tensor) -> Tensor:
+    """A vector v of the shape (B, D) and dtype of `like`, the same for all samples, which do not depend on each other.
+
+    Its entries are of either sign and of sizes from 0.5 to 1.5, so that no column is overlooked, nor likely cancelled.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.rand(like.shape[1], generator=generator, dtype=torch.float64) * 2 - 1
+    return (v + 0.5 * v.sign()).to(like).expand_as(like)
+
+
 def size_of(linear: Map, like: Tensor) -> Tensor:
-    """‖A v‖ / ‖v‖ per sample, (B,), for a normal v: about ‖A‖_F / √D, and never more than ‖A‖. One product.
+    """‖A v‖ / ‖v‖ per sample, (B,), for a generic v: about ‖A‖_F / √D, and never more than ‖A‖. One product.
 
     Arguments:
         linear: A or Aᵀ, (B, D) -> (B, D).
@@ -106,9 +116,7 @@ def size_of(linear: Map, like: Tensor) -> Tensor:
         >>> torch.allclose(size_of(lambda v: -3 * v, torch.zeros(2, 4)), torch.tensor(3.0))
         True
     """
-    # The same v for all samples, as they do not depend on each other.
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(like.shape[1], generator=generator, dtype=torch.float64).to(like).expand_as(like)
+    v = generic(like)
     return per_sample(linear(v)) / per_sample(v).clamp_min(torch.finfo(like.dtype).tiny)
 
 

@@ -22,7 +22,7 @@ from torchdeq.solution import Solution
 from torchdeq.solver.affine import AffineSolver, Krylov
 from torchdeq.solver.base import Solver, start_of
 from torchdeq.solver.gmres import GMRES
-from torchdeq.solver.maps import Tally, root_of_scale, size_of, with_transpose
+from torchdeq.solver.maps import Tally, generic, root_of_scale, with_transpose
 
 _DECREASE, _SMALLEST = 1e-4, 1 / 64  # Armijo's constant, and the step length that is accepted in any case
 _ETA, _GAMMA = 0.5, 0.9  # the first forcing term, also the largest; and Eisenstat and Walker's γ
@@ -162,7 +162,7 @@ class Linearised(Tally):
         return traced
 
     def __call__(self, z: Tensor) -> Tensor:
-        self._size: Tensor | None = None
+        self._columns: Tensor | None = None
         self.at = z
         self.start = z if self.start is None else self.start
         if not self.exact:
@@ -183,18 +183,15 @@ class Linearised(Tally):
         """See `Tally.residual`."""
         return self.image.detach() if self.apart else fz - z
 
-    def size(self) -> Tensor:
-        """About ‖I − J‖, (B,); one product for each evaluation."""
-        if self._size is None:
+    def columns(self) -> Tensor:
+        """Aᵀv of a generic v, (B, D), A = I − J: each about as large as a column of A. One product per evaluation."""
+        if self._columns is None:
             self.calls += 1
-            product = self._vjp if self.exact else self._difference
             with torch.inference_mode(False):
-                at = self.at.detach()
-                if self.apart:
-                    self._size = size_of(lambda v: product(v).detach(), at)
-                else:
-                    self._size = size_of(lambda v: v - product(v).detach(), at)
-        return self._size
+                v = generic(self.at.detach())
+                product = (self._vjp if self.exact else self._difference)(v.clone()).detach()
+            self._columns = product if self.apart else v - product
+        return self._columns
 
     def select(self, rows: Tensor) -> Linearised:
         """See `Tally.select`."""
@@ -225,7 +222,10 @@ class Linearised(Tally):
 
     def _root(self, like: Tensor) -> Tensor | None:
         """ρ of `root_of_scale` that makes ρAρ large beside the identity; None if A is made from J."""
-        return root_of_scale(self.size(), torch.finfo(like.dtype).eps ** -0.5) if self.apart else None
+        if not self.apart:
+            return None
+        size = per_sample(self.columns()) / per_sample(generic(like))
+        return root_of_scale(size, torch.finfo(like.dtype).eps ** -0.5)
 
     def _found(
         self, linear: AffineSolver, products: Tally, r: Tensor, limit: Tensor, root: Tensor | None
