@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from tests.problems import SymmetricMap, TanhMap, cotangent, error, exact_gradient, solve_exactly
-from torchdeq import GMRES, IFT, SHINE, SOLVERS, Anderson, ConvergenceWarning, PhantomGrad, Reversible
+from torchdeq import (
+    GMRES,
+    IFT,
+    SHINE,
+    SOLVERS,
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    FixedPointIteration,
+    PhantomGrad,
+    Reversible,
+)
 from torchdeq.grad import GradFunctor, backward_factory
 from torchdeq.solver import SolverStat, anderson_solver
 
@@ -181,9 +193,41 @@ def test_an_adjoint_solver_of_a_phantom_gradient_is_ignored_with_a_warning():
 
 
 @pytest.mark.parametrize("grad_type", ["shine", "reversible", SHINE(), Reversible(beta=0.3)])
-def test_methods_that_need_the_forward_solve_are_refused_at_once(grad_type):
-    with pytest.raises(TypeError, match=r"needs the forward solve.*DEQ\(solver, grad="):
+def test_methods_that_make_the_solve_are_refused_at_once_without_a_solver(grad_type):
+    with pytest.raises(TypeError, match=r"needs the forward solve.*DEQ\(solver, grad=.*b_solver="):
         backward_factory(grad_type)
+
+
+@pytest.mark.parametrize(
+    ("grad_type", "solver", "bound"),
+    [
+        ("unroll", FixedPointIteration(tol=1e-12, max_iter=200), 1e-10),
+        ("reversible", FixedPointIteration(tol=0.0, max_iter=41), 1e-4),  # (1 − β(1 − γ))⁴¹ with γ = 0.6
+        (SHINE(refine=GMRES(tol=1e-12)), Broyden(tol=1e-12), 1e-10),
+    ],
+    ids=["unroll", "reversible", "shine"],
+)
+def test_methods_that_make_the_solve_begin_it_at_the_given_state(grad_type, solver, bound):
+    f = TanhMap.make(gain=0.3)
+    functor = backward_factory(grad_type, b_solver=solver)
+    assert functor.solver == solver
+    assert repr(solver) in repr(functor)
+    context = pytest.warns(ConvergenceWarning) if solver.tol == 0 else nullcontext()
+    with context:
+        z = functor(None, f, f.z0)[-1]
+    g = cotangent(z)
+    assert error(torch.autograd.grad(z, f.wanted, g), exact_gradient(f, f.z0, g, f.wanted)) < bound
+
+
+def test_unrolling_is_of_fifty_steps_unless_a_solver_says_otherwise():
+    f = TanhMap.make(gain=0.8)
+    z_star = solve_exactly(f, f.z0)
+    z = backward_factory("unroll")(None, f, z_star)[-1]
+    g = cotangent(z)
+    assert error(torch.autograd.grad(z, f.wanted, g), exact_gradient(f, f.z0, g, f.wanted)) < 1e-4  # 0.8⁵⁰
+    few = backward_factory("unroll", b_solver_kwargs={"max_iter": 3})(None, f, z_star)[-1]
+    want = f(f(f(z_star)))
+    assert error(torch.autograd.grad(few, f.wanted, g), torch.autograd.grad(want, f.wanted, g)) < 1e-12
 
 
 def test_numbers_and_options_of_other_kinds():

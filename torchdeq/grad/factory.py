@@ -15,8 +15,10 @@ from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.registry import GRADS, as_grad
+from torchdeq.grad.unroll import Unroll
 from torchdeq.solution import Reporter, Solution
-from torchdeq.solver.base import Solver
+from torchdeq.solver.base import SOLVER_REMEDY, Solver, SolverLoop
+from torchdeq.solver.fp_iter import SimpleFixedPointIteration
 from torchdeq.solver.registry import as_solver
 from torchdeq.solver.stat import SolverStat
 
@@ -30,6 +32,7 @@ class GradFunctor:
 
     Arguments:
         method: the gradient method.
+        solver: for a method that makes the solve itself, the solver that it runs from `z_pred`; None for the others.
 
     Example:
         >>> functor = backward_factory(3, tau=0.7)
@@ -41,6 +44,7 @@ class GradFunctor:
     """
 
     method: GradMethod
+    solver: SolverLoop | None = None
     reporter: Reporter = field(default_factory=lambda: Reporter(ADJOINT_REMEDY), compare=False, repr=False)
 
     def __call__(
@@ -56,7 +60,8 @@ class GradFunctor:
         Arguments:
             trainer: ignored; nothing is kept on it. May be None.
             func: f in z = f(z).
-            z_pred: the solved state, a tensor (B, …) or a pytree of such. Not changed.
+            z_pred: the solved state, a tensor (B, …) or a pytree of such. Not changed. With a `solver` the state from
+                which it solves.
             writer: called with a `SolverStat` of the adjoint solve, once per backward pass.
             **kwargs: ignored, as 0.1.0 did, with a warning.
 
@@ -66,11 +71,13 @@ class GradFunctor:
         if kwargs:
             warnings.warn(f"{self!r} ignores the keywords {sorted(kwargs)}.", UserWarning, stacklevel=2)
         layout = layout_of(z_pred)
-        states = self.method.attach(
-            FlatMap(func, layout),
-            layout.ravel(z_pred, source="z_pred"),
-            on_backward=BackwardReport(self.reporter, writer),
-        )
+        f, z = FlatMap(func, layout), layout.ravel(z_pred, source="z_pred")
+        report = BackwardReport(self.reporter, writer)
+        if self.solver is None:
+            states = self.method.attach(f, z, on_backward=report)
+        else:
+            states, solution = self.method(f, z.detach(), self.solver, on_backward=report)
+            Reporter(SOLVER_REMEDY)(solution)
         return [layout.unravel(z) for z in states]
 
     def __repr__(self) -> str:
@@ -86,7 +93,8 @@ class GradFunctor:
                 if getattr(method, name) != PhantomGrad.__dataclass_fields__[name].default
             ]
             return f"backward_factory({', '.join([str(method.steps), *rest])})"
-        return f"backward_factory({method!r})"
+        solver = "" if self.solver is None else f", b_solver={self.solver!r}"
+        return f"backward_factory({method!r}{solver})"
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,9 @@ def backward_factory(
         hook_ift: solve the adjoint on the graph of the forward's last call of f, in a tensor hook: one
             graph in all. False rebuilds f once in the backward, in an autograd Function.
         b_solver: the adjoint solver: a registered name, a `Solver`, a function of 0.1.0's form, or None for
-            that of the method, `GMRES(tol=1e-5)` for 'ift'.
+            that of the method, `GMRES(tol=1e-5)` for 'ift'. For 'unroll', 'shine' and 'reversible', which make the
+            forward solve themselves, the solver of that: it begins at `z_pred`, which need not be solved then. 'unroll'
+            makes fifty steps unless one is given; the others need one.
         b_solver_kwargs: hyperparameters for it, such as max_iter, tol (relative to the cotangent), stop_mode.
         sup_gap: for a phantom gradient, also return the states after every `sup_gap`-th step.
         sup_loc: for a phantom gradient, also return the states after these steps.
@@ -134,7 +144,7 @@ def backward_factory(
     Raises:
         ValueError: an unknown `grad_type` or solver, or a value out of range.
         TypeError: an option that the solver or the method does not have; an option beside a `GradMethod`, which has
-            its own; a method that needs the forward solve, 'shine' or 'reversible'.
+            its own; 'shine' or 'reversible' without a solver.
 
     What 0.1.0 took and ignored is ignored with a warning: `hook_ift` of any method but 'ift', the adjoint solver of a
     phantom gradient, `sup_gap`, `sup_loc` and `tau` of 'ift'.
@@ -165,8 +175,17 @@ def backward_factory(
         if name not in known:
             hint = did_you_mean(name, [*_PARAMETERS, *known])
             warnings.warn(f"backward_factory ignores the keyword {name!r}.{hint}", UserWarning, stacklevel=2)
+    method = as_grad(grad_type) if isinstance(grad_type, str) and grad_type in GRADS else grad_type
+    if isinstance(method, GradMethod) and (method.needs_solve or isinstance(method, Unroll)):
+        others = {name: value for name, value in given.items() if name not in ("b_solver", "b_solver_kwargs")}
+        if method is grad_type:
+            _as_it_is(method, others)
+        else:
+            _warn_of_no_use(grad_type, given, ("hook_ift", "tau", "sup_gap", "sup_loc"))
+        method = method.replace(**options)
+        return GradFunctor(method, _forward_solver(method, b_solver, b_solver_kwargs))
     if isinstance(grad_type, GradMethod):
-        return GradFunctor(_that_attaches(_as_it_is(grad_type, given)))
+        return GradFunctor(_as_it_is(grad_type, given))
     if isinstance(grad_type, numbers.Integral) and not isinstance(grad_type, bool):
         _warn_of_no_use(int(grad_type), given, ("hook_ift", "b_solver", "b_solver_kwargs"))
         phantom = PhantomGrad(steps=int(grad_type), tau=tau, sup_gap=int(sup_gap), sup_loc=loc)
@@ -176,7 +195,6 @@ def backward_factory(
         solver = as_solver(IFT().solver if b_solver is None else b_solver, **b_solver_kwargs)
         return GradFunctor(IFT(solver=solver, hook=hook_ift, **options))
     if isinstance(grad_type, str) and grad_type in GRADS:
-        _that_attaches(as_grad(grad_type))
         _warn_of_no_use(grad_type, given, ("hook_ift",))
         options |= {name: given[name] for name in ("tau", "sup_gap", "sup_loc") if name in given}
     return GradFunctor(_with_solver(as_grad(grad_type, **options), b_solver, b_solver_kwargs))
@@ -215,17 +233,23 @@ def _as_it_is(method: GradMethod, given: Mapping[str, Any]) -> GradMethod:
     return method
 
 
-def _that_attaches(method: GradMethod) -> GradMethod:
-    """The method, which must be able to do with a solved state."""
-    if method.needs_solve:
-        raise TypeError(
-            f"backward_factory: {method!r} needs the forward solve, and a functor gets a solved state alone. Use "
-            f"torchdeq.DEQ(solver, grad={method!r}), which runs both."
-        )
-    return method
+def _forward_solver(
+    method: GradMethod, b_solver: str | Solver | Callable[..., Any] | None, b_solver_kwargs: Mapping[str, Any]
+) -> SolverLoop | None:
+    """What a method that makes the forward solve runs."""
+    if b_solver is not None:
+        return as_solver(b_solver, **b_solver_kwargs)
+    if isinstance(method, Unroll):
+        full = method.last is None or b_solver_kwargs
+        return SimpleFixedPointIteration().replace(**b_solver_kwargs) if full else None
+    raise TypeError(
+        f"backward_factory: {method!r} needs the forward solve, and a functor gets a solved state alone. Use "
+        f"torchdeq.DEQ(solver, grad={method!r}), which runs both; or give the solver as b_solver=…, which then begins "
+        f"at z_pred."
+    )
 
 
-def _warn_of_no_use(grad_type: str | int, given: Mapping[str, Any], names: Sequence[str]) -> None:
+def _warn_of_no_use(grad_type: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
     """0.1.0 ignored what a method has no use for, and so may programs that pass everything."""
     idle = [name for name in names if name in given]
     if idle:
@@ -237,7 +261,7 @@ def _warn_of_no_use(grad_type: str | int, given: Mapping[str, Any], names: Seque
 
 
 _ADJOINT = "only a method that solves an adjoint system, such as 'ift', has a use for it."
-_PHANTOM = "it is for the steps of a phantom gradient, and 'ift' returns one state, the solution."
+_PHANTOM = "it is for the steps of a phantom gradient; this method returns one state, the solution."
 _WHY = {
     "hook_ift": "only 'ift' has a hook.",
     "b_solver": _ADJOINT,
