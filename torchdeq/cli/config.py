@@ -160,9 +160,7 @@ class TrainConfig:
         for name in ("hook", "phantom_steps", "phantom_tau"):
             if GRAD_FIELDS[name] in has:
                 options[GRAD_FIELDS[name]] = getattr(self, name)
-        if (
-            "dtype" in has
-        ):  # a reversible iteration is carried in float64, or it ends after some ten evaluations
+        if "dtype" in has:  # a reversible iteration in float32 ends after some ten evaluations
             options["dtype"] = torch.float64
         return as_grad(self.grad, **options)
 

@@ -74,7 +74,7 @@ def default_candidates(solver: SolverLoop, adjoint: SolverLoop | None = None) ->
         adjoint: the solver of the adjoint system; None for that of `IFT`.
 
     Example:
-        >>> [c.name for c in default_candidates(Anderson())][:4]
+        >>> [c.name for c in default_candidates(Multisecant())][:4]
         ['IFT', 'IFT, hook', 'IFT, order 2', 'JFB']
     """
     adjoint = adjoint or IFT().solver
@@ -181,7 +181,7 @@ def compare_gradients(
         >>> class Model(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.layer, self.deq = nn.Linear(6, 6), DEQ(Anderson(tol=1e-5))
+        ...         self.layer, self.deq = nn.Linear(6, 6), DEQ(Multisecant(tol=1e-5))
         ...     def forward(self, x):
         ...         return self.deq(lambda z: torch.tanh(0.5 * self.layer(z) + x), torch.zeros_like(x))[0]
         >>> _ = torch.manual_seed(0)
@@ -194,7 +194,7 @@ def compare_gradients(
 
         >>> layer, x = nn.Linear(6, 6), torch.randn(4, 6)
         >>> f = lambda z: torch.tanh(0.5 * layer(z) + x)
-        >>> table = compare_gradients(DEQ(Anderson(tol=1e-5)), f, torch.zeros(4, 6), lambda z: z.square().mean())
+        >>> table = compare_gradients(DEQ(Multisecant(tol=1e-5)), f, torch.zeros(4, 6), lambda z: z.square().mean())
         >>> {row.name: row.cosine > 0.999 for row in table.rows}["IFT"]
         True
     """
