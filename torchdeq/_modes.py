@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import (
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
 
@@ -69,3 +73,41 @@ def one_cotangent() -> Iterator[None]:
                 "cotangent is a sample of the solve."
             )
         raise
+
+
+def refuse_old_vmap() -> None:
+    """Raise under the vmap inside torch.autograd, which no custom Function can follow."""
+    level = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    if level > 1:
+        raise RuntimeError(
+            "is_grads_batched=True of torch.autograd.grad and vectorize=True of torch.autograd.functional map over a "
+            "fixed-point solve with an old vmap that cannot see into it. Use torch.func.jacrev, jacfwd, hessian, vmap."
+        )
+
+
+def map_levels(t: Any) -> set[int]:
+    """The levels of the vmaps over t."""
+    functorch, levels = torch._C._functorch, set()
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            levels.add(functorch.maybe_get_level(t))
+        t = functorch.get_unwrapped(t)
+    return levels
+
+
+def is_tracked(t: Tensor) -> bool:
+    """Whether t has a graph or a tangent, for autograd or for any transform of torch.func around."""
+    functorch = torch._C._functorch
+    mapped = functorch.is_batchedtensor(t)
+    if not mapped and (
+        t.requires_grad or (in_dual_level() and forward_ad.unpack_dual(t).tangent is not None)
+    ):
+        return True
+    if not in_transform():
+        return False
+    # Each level answers for itself only, and only while it is the innermost.
+    top = retrieve_current_functorch_interpreter().level()
+    own = functorch.is_functorch_wrapped_tensor(t) and functorch.maybe_get_level(t) == top
+    with temporarily_pop_interpreter_stack():
+        return is_tracked(functorch.get_unwrapped(t) if own else t)

@@ -16,12 +16,13 @@ import optree
 import torch
 from torch import Tensor
 
-from torchdeq._modes import in_transform
+from torchdeq._modes import in_transform, refuse_old_vmap
 from torchdeq._replay import AutocastState, RandomState
 from torchdeq._state import Layout, Tree, layout_of
 from torchdeq.grad.base import OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY
-from torchdeq.grad.pure import Image, Noise, System, refuse_old_vmap
+from torchdeq.grad.pure import solved
+from torchdeq.grad.system import Image, Noise, System
 from torchdeq.solution import Reporter
 from torchdeq.solver.base import SOLVER_REMEDY, SolverLoop
 from torchdeq.solver.gmres import GMRES
@@ -184,7 +185,7 @@ def solve_map(
         start, *tensors = (t.clone() if t.is_inference() else t for t in (start, *tensors))
         if in_transform():
             system = system.looked_through(start, tensors)
-        z, figures = system.apply(start, tensors)
+        z, figures = solved(system, start, tensors)
         state = layout.unravel(z)
     returned = [state]
     if aux is not None:

@@ -28,7 +28,7 @@ from torchdeq._state import Layout, Map, Tree, per_sample
 from torchdeq.functional import as_loop, checked_layout, default_tol, solve_map, without_aux
 from torchdeq.grad.base import OnBackward
 from torchdeq.grad.inverse import vjp_of
-from torchdeq.grad.pure import Bound
+from torchdeq.grad.system import Bound
 from torchdeq.solution import Solution, Status
 from torchdeq.solver.affine import dot
 from torchdeq.solver.base import SolverLoop
