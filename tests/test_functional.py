@@ -702,3 +702,18 @@ def test_nothing_is_warned_of_where_all_converges():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hessian(lambda x: vector(implicit)(W, x).sum())(X[0])
+
+
+def test_a_solver_by_name_has_the_tolerance_of_the_default():
+    z0 = torch.zeros(3, dtype=torch.float64)
+    _, by_default = fixed_point(lambda z: torch.cos(z), z0, return_solution=True)
+    _, by_name = fixed_point(lambda z: torch.cos(z), z0, solver="anderson", return_solution=True)
+    assert (by_name.tol, by_name.stop_mode) == (by_default.tol, by_default.stop_mode)
+
+
+def test_a_module_in_theta_is_refused_where_its_parameters_would_want_gradients():
+    layer, z0 = torch.nn.Linear(2, 2), torch.zeros(2)
+    with pytest.raises(TypeError, match="functional_call"):
+        fixed_point(lambda z, m: torch.tanh(m(z)), z0, layer)
+    with torch.no_grad():
+        assert fixed_point(lambda z, m: torch.tanh(0.1 * m(z)), z0, layer).shape == (2,)

@@ -14,7 +14,7 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchdeq._modes import in_transform, refuse_old_vmap
 from torchdeq._replay import AutocastState, RandomState
@@ -56,7 +56,8 @@ def fixed_point(
             not depend on where a solver began.
         *theta: pytrees of whatever f takes. Tensors in them are differentiated if they want it; integers, flags,
             None and other objects are handed on.
-        solver: the forward solver, an object or a registered name. None: `Multisecant` with a relative tolerance of
+        solver: the forward solver, an object; or a registered name, for that solver with the tolerance and the number
+            of evaluations of the default. None: `Multisecant` with a relative tolerance of
             ε^⅔, that is 2.4e-5 in float32 and 3.7e-11 in float64, or ε in half precision, and at most 200
             evaluations. A derivative is as wrong as the state is, and a second difference of states, as in gradcheck,
             wants more digits than a model in training. ε is that of the narrowest dtype in z0 or autocast. If z* = 0
@@ -153,6 +154,12 @@ def solve_map(
     leaves, spec = optree.tree_flatten(theta)  # type: ignore[arg-type]
     wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in wanted]
+    if torch.is_grad_enabled() and any(_wants_gradients(leaf) for leaf in leaves):
+        raise TypeError(
+            "theta holds a module, whose parameters are not seen in it and would get no derivative. Give them instead, "
+            "fixed_point(lambda z, p: torch.func.functional_call(module, p, (z,)), z0, "
+            "dict(module.named_parameters())); or use DEQ, which takes any f."
+        )
     others = [
         None if isinstance(leaf, Tensor) else leaf for leaf in leaves
     ]  # keeps no tensor of a transform alive
@@ -197,6 +204,10 @@ def solve_map(
     return tuple(returned) if len(returned) > 1 else state
 
 
+def _wants_gradients(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Module) and any(p.requires_grad for p in leaf.parameters())
+
+
 @contextmanager
 def _no_inference() -> Iterator[None]:
     if not torch.is_inference_mode_enabled():
@@ -215,12 +226,14 @@ def default_tol(layout: Layout, z0: Tree) -> float:
 
 
 def as_loop(name: str, solver: Any, default: SolverLoop) -> SolverLoop:
-    """The solver that was given as the argument `name`, or the default."""
+    """The solver that was given as the argument `name`, or the default. One that is named has the default's limits."""
     if solver is None:
         return default
-    if not isinstance(solver, str | SolverLoop):
+    if isinstance(solver, str):
+        return as_solver(solver, tol=default.tol, stop_mode=default.stop_mode, max_iter=default.max_iter)
+    if not isinstance(solver, SolverLoop):
         raise TypeError(f"{name}={solver!r}: expected a Solver such as {default!r}, or a registered name.")
-    return as_solver(solver)
+    return solver
 
 
 def without_aux(f: Any, out: Any, has_aux: bool) -> Any:

@@ -49,11 +49,13 @@ ROOT_REMEDY = (
 MINIMUM_REMEDY = (
     "The absolute residual is the norm of the objective's gradient. If it is small and the sample stalled "
     "nevertheless, the objective curves down along some direction there: the point is a saddle or a maximum and no "
-    "minimum; start elsewhere. Otherwise raise max_iter or tol."
+    "minimum; start elsewhere. Otherwise raise max_iter or tol. What a function given as solver=... returns is "
+    "measured as it is."
 )
 LINEAR_REMEDY = (
     "This was a linear solve for a derivative: its relative error is about this residual times the condition of ∂F/∂y. "
-    "Raise max_iter or tol of adjoint=..."
+    "Raise max_iter or tol of adjoint=... If ∂F/∂y is singular, as where F conserves a quantity, no solver can do it: "
+    "replace one of the equations by what is conserved."
 )
 HESSIAN_REMEDY = (
     "This was a linear solve with the objective's Hessian for a derivative: its relative error is about this residual "
@@ -212,7 +214,7 @@ def implicit_minimum(
         raise ValueError(
             f"implicit_minimum(tol={tol!r}): tol is for a solver that is a function; others have theirs."
         )
-    if outside is not None and not callable(outside):
+    if outside is not None and (isinstance(outside, type) or not callable(outside)):
         raise TypeError(
             f"implicit_minimum(solver={solver!r}): expected a Solver such as NewtonCG(tol=1e-6), a registered name, or "
             f"a function (objective, y0, *theta) -> y."
