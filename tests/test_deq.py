@@ -305,3 +305,11 @@ def test_a_solve_that_cannot_converge_for_dropout_says_so(held):
     ):  # the last call looked for the cause, and moved no generator
         noisy(f.z0)
     assert torch.equal(after, torch.rand(1))
+
+
+def test_a_vmap_over_a_solve_names_what_can_be_mapped():
+    f = TanhMap.make(gain=0.5)
+    deq = DEQ(Anderson(tol=1e-6), PhantomGrad())
+    with pytest.raises(RuntimeError) as caught:
+        torch.vmap(lambda x: deq(lambda z: torch.tanh(z + x) / 2, torch.zeros(1, 32, dtype=F64))[0])(f.x)
+    assert any("torchdeq.fixed_point" in note for note in caught.value.__notes__)

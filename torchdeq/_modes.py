@@ -61,6 +61,21 @@ def refuse_transforms(what: Callable[[], str]) -> None:
 
 
 @contextmanager
+def one_batch() -> Iterator[None]:
+    """A solve, whose stop test reads values: where vmap forbids that, torch's error says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "vmap" in str(error) and "data-dependent" in str(error):
+            error.add_note(
+                "A DEQ stops when its state has converged, which vmap cannot see. Use torchdeq.fixed_point, where each "
+                "mapped instance is a sample of the solve; or put the instances into the batch, the state's first "
+                "dimension."
+            )
+        raise
+
+
+@contextmanager
 def one_cotangent() -> Iterator[None]:
     """A backward pass that solves: where it is asked for many cotangents at once, torch's error says what to do."""
     try:

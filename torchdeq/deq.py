@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchdeq._held import draws_noise, hold, release
 from torchdeq._method import Method
-from torchdeq._modes import in_dual_level, refuse_transforms
+from torchdeq._modes import in_dual_level, one_batch, refuse_transforms
 from torchdeq._state import Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
@@ -245,19 +245,20 @@ def solve_and_attach(
     held = hold(map_, modules, noise=start.device if hold_noise else None)
     ours = held is not map_  # else there is nothing to hold, or our caller holds it for more than one solve
     flat = flatten_map(dataclasses.replace(f, linear=held) if isinstance(f, AffineMap) else held, layout)
-    if torch.is_grad_enabled() or in_dual_level():
-        last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
-        if ours:
-            release(held)  # what stays is the update at the solution, not one at a recorded state
-        states: list[Tensor] = []
-        for method, z in zip(methods[:-1], solution.states, strict=True):
-            states += method.attach(flat, z, on_backward=on_backward)
-        states += last
-    else:
-        refuse_transforms(lambda: "DEQ")
-        z, solution = methods[-1].without_grad(flat, start, solver, record=record)
-        if ours:
-            release(held)
-        states = [*solution.states, z]
+    with one_batch():
+        if torch.is_grad_enabled() or in_dual_level():
+            last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
+            if ours:
+                release(held)  # what stays is the update at the solution, not one at a recorded state
+            states: list[Tensor] = []
+            for method, z in zip(methods[:-1], solution.states, strict=True):
+                states += method.attach(flat, z, on_backward=on_backward)
+            states += last
+        else:
+            refuse_transforms(lambda: "DEQ")
+            z, solution = methods[-1].without_grad(flat, start, solver, record=record)
+            if ours:
+                release(held)
+            states = [*solution.states, z]
     bare = dataclasses.replace(solution, states=[])
     return [layout.unravel(z) for z in states], unravel_solution(bare, layout)
