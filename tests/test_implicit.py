@@ -15,6 +15,7 @@ from torchdeq import (
     Anderson,
     ConvergenceError,
     ConvergenceWarning,
+    CouplingWarning,
     NewtonCG,
     fixed_point,
     implicit_minimum,
@@ -619,3 +620,18 @@ def test_an_unknown_that_runs_away_does_not_excuse_the_others():
     """y − log y is a number below 0 too if only its gradient is looked at: 1 − 1/y."""
     with pytest.warns(ConvergenceWarning, match="did not converge"):
         implicit_minimum(lambda y: (y - y.log()).sum(), torch.tensor([1e-3, 50.0], dtype=F64))
+
+
+def test_a_minimum_of_coupled_samples_is_no_saddle():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(12, 12, dtype=torch.float64, generator=generator)
+    s, t = a @ a.T / 12 + 0.05 * torch.eye(12, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
+    with pytest.warns(CouplingWarning):
+        y, solution = implicit_minimum(
+            lambda y: y.flatten() @ s @ y.flatten() / 2 - (t * y).sum(),
+            torch.zeros(4, 3, dtype=torch.float64),
+            batch_dims=1,
+            return_solution=True,
+        )
+    assert torch.allclose(y.flatten(), torch.linalg.solve(s, t.flatten()), atol=1e-8)
+    assert solution.converged.all()

@@ -19,6 +19,7 @@ from torchdeq import (
     AffineMap,
     Anderson,
     Broyden,
+    ConvergenceWarning,
     FixedPointIteration,
     PhantomGrad,
     Unroll,
@@ -595,3 +596,15 @@ def test_held_noise_and_held_buffers_together():
     assert all_equal(masks)
     want = after_one_call(before, masks[0] * solution.z)
     assert same(dict(block.named_buffers()), want)
+
+
+def test_looking_for_the_cause_of_a_failed_solve_changes_no_buffer_that_was_named():
+    class Hidden:
+        __slots__ = ("norm",)
+
+    hidden, x = Hidden(), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    hidden.norm = torch.nn.BatchNorm1d(4)
+    deq = DEQ(Anderson(max_iter=3, tol=1e-9), modules=[hidden.norm])
+    with pytest.warns(ConvergenceWarning):
+        deq(lambda z: torch.tanh(hidden.norm(2 * z + x)), torch.zeros(6, 4))
+    assert hidden.norm.num_batches_tracked == 1

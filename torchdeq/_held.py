@@ -55,9 +55,11 @@ def release(f: Callable[..., Any]) -> None:
         f.release()
 
 
-def draws_noise(f: Callable[..., Any], z: Any, device: torch.device) -> bool:
+def draws_noise(
+    f: Callable[..., Any], z: Any, device: torch.device, modules: Iterable[nn.Module] | None = None
+) -> bool:
     """Whether f(z) draws random numbers. One call, which leaves the generators and the buffers as they were."""
-    held = hold(f)
+    held = hold(f, modules)
     release(held)
     state = RandomState.capture(device)
     with torch.no_grad(), state.again():

@@ -215,6 +215,11 @@ class _Sampling(DEQBase):
     def _options(self, values: Mapping[str, Any]) -> None:
         name = type(self).__name__
         grad = values["grad"]
+        if isinstance(grad, str):
+            raise TypeError(
+                f"{name}(grad={grad!r}): grad is a number of phantom steps, or one for each sampled state. ift=True is "
+                f"for implicit differentiation; for other methods use torchdeq.DEQ(solver, as_grad({grad!r}))."
+            )
         self.grad = [grad] if isinstance(grad, int) else list(grad)
         self.tau, self.sup_gap = values["tau"], values["sup_gap"]
         self.sup_loc = tuple(values["sup_loc"] or ())

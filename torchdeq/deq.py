@@ -150,7 +150,7 @@ class DEQ(nn.Module):
             hold_noise=self.hold_noise,
         )
         self._forward_report.throw = self._backward_report.throw = self.throw
-        self._forward_report(solution, None if self.hold_noise else lambda: noise_in(f, z0))
+        self._forward_report(solution, None if self.hold_noise else lambda: noise_in(f, z0, self.stateful))
         return states[-1], dataclasses.replace(solution, states=states[:-1])
 
     def _backward(self, solution: Solution) -> None:
@@ -192,10 +192,10 @@ def methods_for(grad: GradMethod | Sequence[GradMethod], record: Sequence[int]) 
     return methods * (len(record) + 1) if len(methods) == 1 else methods
 
 
-def noise_in(f: Callable[[Tree], Tree], z0: Tree) -> str | None:
+def noise_in(f: Callable[[Tree], Tree], z0: Tree, modules: Sequence[nn.Module] | None = None) -> str | None:
     """Why a solve could not converge, if it is that f draws random numbers. One call of f."""
     device = optree.tree_leaves(z0)[0].device
-    if isinstance(f, AffineMap) or not draws_noise(f, z0, device):
+    if isinstance(f, AffineMap) or not draws_noise(f, z0, device, modules):
         return None
     return (
         "f draws random numbers at every call, for example in torch.nn.Dropout, so that there is no fixed point to "

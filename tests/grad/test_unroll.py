@@ -20,6 +20,7 @@ from torchdeq import (
     backward_factory,
 )
 from torchdeq.diagnostics.memory import SavedBytes
+from torchdeq.grad.fingerprint import Fingerprint
 
 KINDS = pytest.mark.parametrize("kind", [FixedPointIteration, SimpleFixedPointIteration])
 FORMS = pytest.mark.parametrize("checkpoint", [False, True], ids=["graphs", "checkpoint"])
@@ -341,3 +342,11 @@ def test_weights_that_change_before_a_checkpointed_backward_pass_raise(method, d
         layer.weight.mul_(1.001)
     with pytest.raises(RuntimeError, match="another value in the backward pass.*call backward first"):
         z.sum().backward()
+
+
+def test_a_fingerprint_of_many_numbers_in_half_precision_sees_a_change():
+    fz = torch.randn(2, 40000, generator=torch.Generator().manual_seed(0)).half()
+    kept = Fingerprint.of(fz, None)
+    kept.check(fz, "f")
+    with pytest.raises(RuntimeError, match="another value"):
+        kept.check(2 * fz, "f")

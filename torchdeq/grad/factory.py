@@ -15,6 +15,7 @@ from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.registry import GRADS, as_grad
+from torchdeq.grad.shine import SHINE
 from torchdeq.grad.unroll import Unroll
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SOLVER_REMEDY, Solver, SolverLoop
@@ -77,6 +78,12 @@ class GradFunctor:
             states = self.method.attach(f, z, on_backward=report)
         else:
             states, solution = self.method(f, z.detach(), self.solver, on_backward=report)
+            if isinstance(self.method, SHINE) and bool((solution.nstep <= 1).all()):
+                raise ValueError(
+                    f"{self!r}: z_pred meets the tolerance of b_solver as it is, so its solve has learned nothing, "
+                    f"and SHINE would be the one-step gradient. Give the state from which to solve, or use "
+                    f"torchdeq.DEQ(solver, grad={self.method!r})."
+                )
             Reporter(SOLVER_REMEDY)(solution)
         return [layout.unravel(z) for z in states]
 
@@ -129,8 +136,9 @@ def backward_factory(
             graph in all. False rebuilds f once in the backward, in an autograd Function.
         b_solver: the adjoint solver: a registered name, a `Solver`, a function of 0.1.0's form, or None for
             that of the method, `GMRES(tol=1e-5)` for 'ift'. For 'unroll', 'shine' and 'reversible', which make the
-            forward solve themselves, the solver of that: it begins at `z_pred`, which need not be solved then. 'unroll'
-            makes fifty steps unless one is given; the others need one.
+            forward solve themselves, the solver of that, which begins at `z_pred`. 'unroll' and 'reversible' then make
+            all its evaluations, also from a solved state, as each of them adds to the gradient; 'shine' needs a state
+            that is not solved, to learn from. 'unroll' makes fifty steps unless one is given; the others need one.
         b_solver_kwargs: hyperparameters for it, such as max_iter, tol (relative to the cotangent), stop_mode.
         sup_gap: for a phantom gradient, also return the states after every `sup_gap`-th step.
         sup_loc: for a phantom gradient, also return the states after these steps.
@@ -238,7 +246,8 @@ def _forward_solver(
 ) -> SolverLoop | None:
     """What a method that makes the forward solve runs."""
     if b_solver is not None:
-        return as_solver(b_solver, **b_solver_kwargs)
+        solver = as_solver(b_solver, **b_solver_kwargs)
+        return solver if isinstance(method, SHINE) else solver.replace(return_final=True)
     if isinstance(method, Unroll):
         full = method.last is None or b_solver_kwargs
         return SimpleFixedPointIteration().replace(**b_solver_kwargs) if full else None

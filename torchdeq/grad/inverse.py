@@ -84,7 +84,7 @@ class Inverse:
         if self.amp.enabled:
             dtypes.append(self.amp.dtype)
         # One map evaluated twice gives the same up to the order of its sums, which a GPU does not keep.
-        allowed = max(1e-5, *(8 * torch.finfo(dtype).eps for dtype in dtypes)) * per_sample(fz)
+        allowed = max(1e-5, *(2 * torch.finfo(dtype).eps for dtype in dtypes)) * per_sample(fz)
         if bool((per_sample(again - fz) > allowed).any()):
             raise RuntimeError(
                 "f gave another value in the backward pass than in the forward pass at the same state, so the adjoint "
