@@ -85,7 +85,7 @@ class IFT(GradMethod):
         )
         self.require(
             isinstance(self.order, int) and not isinstance(self.order, bool) and self.order >= 1,
-            f"order is the highest order of derivatives, an integer of at least 1, got {self.order!r}",
+            f"order is how often the result may be differentiated, an integer of at least 1, got {self.order!r}",
         )
         self.require(
             self.order == 1 or not self.hook,
