@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchdeq._held import draws_noise, hold, release
 from torchdeq._method import Method
 from torchdeq._modes import in_dual_level, one_batch, refuse_transforms
+from torchdeq._replay import RandomState
 from torchdeq._state import Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
@@ -115,6 +116,7 @@ class DEQ(nn.Module):
         # A tuple, so that they are not registered here: they are the caller's, who has them elsewhere.
         self.stateful = None if stateful is None else tuple(stateful)
         self.hold_noise = hold_noise
+        self.last_noise: RandomState | None = None  # that the last solve held, for looking at f as it was
         # Solvers that learn are submodules, also those inside a chain or a gradient method.
         inside = [m for part in (solver, eval_solver, grad) for m in _modules_in(part)]
         outside = {id(solver), id(eval_solver)}
@@ -138,6 +140,9 @@ class DEQ(nn.Module):
             z in the structure of z0, and the `Solution` of the forward solve.
         """
         solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
+        if self.hold_noise:
+            layout_of(z0, self.batch_dims)  # which checks that there is a device to ask
+            self.last_noise = RandomState.capture(optree.tree_leaves(z0)[0].device)
         states, solution = solve_and_attach(
             f,
             z0,
