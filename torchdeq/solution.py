@@ -89,6 +89,7 @@ class Solution:
         rel_trace: the same, relative, (N, B).
         states: the states asked for with `record`, in that order, each in the structure of z0.
         coupled: whether f was seen to couple the samples. False means that nothing was seen, not that it does not.
+        clipped: of an adjoint solve under `IFT(clip=…)`, which samples' u was shortened, (B,), bool; otherwise None.
 
     Example:
         >>> import torch, torchdeq
@@ -111,6 +112,7 @@ class Solution:
     rel_trace: Tensor
     states: list[Tree] = field(default_factory=list)
     coupled: bool = False
+    clipped: Tensor | None = None
 
     @property
     def residual(self) -> Tensor:

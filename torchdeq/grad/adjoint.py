@@ -27,6 +27,7 @@ def solve_adjoint(
     *,
     preconditioner: Map | None = None,
     scale: Tensor | None = None,
+    clip: float | None = None,
 ) -> tuple[Tensor, Solution]:
     """Solve u = Jᵀ u + g.
 
@@ -42,10 +43,35 @@ def solve_adjoint(
         layout: which leaves the D numbers belong to, for a solver with norm='max'; None if that is not known.
         preconditioner: a linear map near (I − Jᵀ)⁻¹, (B, D) -> (B, D), for a Krylov solver. The solution is the same.
         scale: (B,), what the tolerance is relative to where it is more than ‖g‖: the norm of what u is added to.
+        clip: the largest ‖u‖ / ‖g‖, per sample, or of the batch if it is solved as one; longer u are shortened.
 
     Returns:
-        u (B, D), and the `Solution`, whose residuals are ‖g − (I − Jᵀ) u‖ / ‖g‖ per sample.
+        u (B, D), and the `Solution`, whose residuals are ‖g − (I − Jᵀ) u‖ / ‖g‖ per sample. Clipping changes neither
+        its z nor its residuals, which are those of the solve; `clipped` says which samples were.
     """
+    u, solution = _solve(vjp, g, solver, layout, preconditioner, scale)
+    return (u, solution) if clip is None else _clipped(u, solution, g, clip)
+
+
+def _clipped(u: Tensor, solution: Solution, g: Tensor, clip: float) -> tuple[Tensor, Solution]:
+    """u · min(1, clip ‖g‖ / ‖u‖) per sample, or with one factor if the batch was solved as one."""
+    size, most = _norm(u), clip * _norm(g)
+    if solution.coupled:
+        size, most = _norm(size[None]).expand_as(size), _norm(most[None]).expand_as(most)
+    clipped = size > most
+    factor = torch.where(clipped, most, 1.0) / torch.where(clipped, size, 1.0)
+    return u * factor[:, None], dataclasses.replace(solution, clipped=clipped)
+
+
+def _solve(
+    vjp: Map,
+    g: Tensor,
+    solver: SolverLoop,
+    layout: Layout | None,
+    preconditioner: Map | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Solution]:
+    """The solve of `solve_adjoint`, without a bound."""
     size = _norm(g) if scale is None else torch.maximum(_norm(g), scale)
     # A cotangent that is not finite is its own sample's: what it asks for is not a number, and says nothing of others.
     known = size.isfinite()

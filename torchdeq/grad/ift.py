@@ -26,7 +26,7 @@ from torchdeq._state import Map, with_tangents
 from torchdeq.grad.adjoint import solve_adjoint
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.inverse import Inverse, vjp_of
-from torchdeq.grad.lift import Lift, first_order_only
+from torchdeq.grad.lift import Lift, clipped_once, first_order_only
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, layout_of_map
 from torchdeq.solver.gmres import GMRES
@@ -57,6 +57,12 @@ class IFT(GradMethod):
             forward-mode tangent does not count: a Hessian–vector product by a tangent of a gradient, or by the
             gradient of a tangent, is right with order=1. The tangent of the gradient of a tangent needs one order more,
             and is NaN without. More than 1 is for hook=False.
+        clip: c ≥ 1: per sample, u is shortened to ‖u‖ = c ‖g‖ where it is longer. This bounds how much the backward
+            solve may amplify a cotangent, which for a contraction is by 1/(1 − ‖J‖) at most, so that a sample whose
+            I − J is nearly singular does not drown the others of its batch. A gradient that is clipped is biased: its
+            direction in u is right, its length is not. It is proportional to the loss's scale like one that is not.
+            `Solution.clipped` says which samples were. First derivatives in reverse mode only. With `batch_dims=0`
+            the state is one sample, and so it is where f is found to couple the samples. None: no bound.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -76,6 +82,7 @@ class IFT(GradMethod):
     solver: SolverLoop = GMRES(tol=1e-5)  # noqa: RUF009 - frozen
     hook: bool = False
     order: int = 1
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         self.require(
@@ -90,6 +97,16 @@ class IFT(GradMethod):
         self.require(
             self.order == 1 or not self.hook,
             "a tensor hook gives first derivatives only. Use hook=False with order > 1",
+        )
+        self.require(
+            self.clip is None
+            or (isinstance(self.clip, int | float) and not isinstance(self.clip, bool) and self.clip >= 1),
+            f"clip bounds ‖u‖ / ‖g‖, by how much the backward solve may amplify a cotangent, and must be a number of "
+            f"at least 1, or None, got {self.clip!r}. To bound the gradient itself use torch.nn.utils.clip_grad_norm_",
+        )
+        self.require(
+            self.clip is None or self.order == 1,
+            "a gradient that is clipped is not differentiated further. Use order=1, or clip=None",
         )
 
     def attach(self, f: Map, z: Tensor, *, on_backward: OnBackward | None = None) -> list[Tensor]:
@@ -107,6 +124,7 @@ class IFT(GradMethod):
             report,
             AutocastState.capture(device),
             RandomState.capture(device),
+            self.clip,
         )
         return [self._lifted(inverse, z)]
 
@@ -126,6 +144,8 @@ class IFT(GradMethod):
     def _lifted(self, inverse: Inverse, z: Tensor) -> Tensor:
         """f(z) with derivatives: a chain of lifts of z, and beside it one of its tangent where f has one."""
         fz, t = split_dual(inverse.f(z))
+        if t is not None and self.clip is not None:
+            raise RuntimeError(clipped_once())
         v = None if t is None else inverse(t, z, fz, transposed=False)[0]
         if not torch.is_grad_enabled() or not (fz.requires_grad or (t is not None and t.requires_grad)):
             return join_dual(fz, v)
@@ -156,9 +176,9 @@ class IFT(GradMethod):
             if g is None:  # an undefined gradient stands for zero
                 return None
             with torch.no_grad(), one_cotangent():
-                u, solution = solve_adjoint(vjp_of(fz, z), g, self.solver, layout)
+                u, solution = solve_adjoint(vjp_of(fz, z), g, self.solver, layout, clip=self.clip)
             report(solution)
-            return first_order_only(u, g, fz)
+            return first_order_only(u, g, fz, "" if self.clip is None else clipped_once())
 
         # The hook sits on a copy that the solve does not pass through, so it is never re-entered and needs
         # no removal: every backward pass solves, each call of the module its own system.

@@ -33,6 +33,7 @@ class Inverse:
         layout: which leaves the D numbers belong to; None if that is not known.
         report: called with the `Solution` of each solve.
         amp, random: the states under which f was evaluated, for evaluating it again.
+        clip: the largest ‖Sᵀ w‖ / ‖w‖ per sample; longer ones are shortened to it. None: no bound.
     """
 
     f: Map
@@ -41,6 +42,7 @@ class Inverse:
     report: OnBackward
     amp: AutocastState
     random: RandomState
+    clip: float | None = None
 
     def __call__(
         self,
@@ -73,7 +75,10 @@ class Inverse:
             self._check_same(fz.detach(), again.detach())
             product = vjp_of(again, at) if transposed else jvp_of(again, at)
             with torch.no_grad():
-                x, solution = solve_adjoint(product, w.detach(), self.solver, self.layout, scale=scale)
+                clip = self.clip if transposed else None
+                x, solution = solve_adjoint(
+                    product, w.detach(), self.solver, self.layout, scale=scale, clip=clip
+                )
                 kx = product(x) if image else None
         self.report(solution)
         return x, kx

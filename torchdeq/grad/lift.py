@@ -64,6 +64,12 @@ class Lift:
         The first lift has an A₀ that wants none.
         """
         (primal, tangent), (part, part_t) = split_dual(w), (None, None) if w_o is None else split_dual(w_o)
+        if self.inverse.clip is not None:  # nothing is lifted then
+            if tangent is not None:
+                raise RuntimeError(clipped_once())
+            with torch.no_grad():
+                u, _ = self.inverse(primal, z, fz, transposed=True)
+            return first_order_only(u, primal, fa, clipped_once()), None
         quiet = _is_rounding(primal, part)
         if not torch.is_grad_enabled() and not in_dual_level():
             if quiet:
@@ -147,6 +153,14 @@ def too_often(order: int) -> str:
         f"{'second' if order == 1 else 'higher'} derivatives were asked of IFT(order={order}), which gives {gives} "
         f"only. Use IFT(order={order + 1}), or torchdeq.fixed_point, whose derivatives are exact to any order; or drop "
         f"create_graph=True, if it was not meant."
+    )
+
+
+def clipped_once() -> str:
+    """What to do about a derivative of a gradient that is clipped."""
+    return (
+        "a tangent or a second derivative was asked of IFT(clip=...), which clips first derivatives in reverse mode "
+        "and gives no others. Use IFT(clip=None), or order=2 without clip; or drop create_graph=True, if not meant."
     )
 
 
