@@ -35,6 +35,7 @@ FLOORS = {
     "torchdeq.loss": 4,
     "torchdeq.diagnostics": 4,
     "torchdeq.solver.stat": 5,
+    "torchdeq.solver.utils": 5,
     "torchdeq.core": 5,
     "torchdeq.utils": 5,
     "torchdeq": 6,  # the package itself gathers the public names

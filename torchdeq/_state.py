@@ -83,6 +83,11 @@ class Layout:
         ]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
+    def shape(self, z: Tensor) -> torch.Size:
+        """The shape of the state that the (B, D) tensor z stands for, if it is one tensor of these very numbers."""
+        whole = len(self.shapes) == 1 and self.depth == 1 and self.shapes[0].numel() == z.numel()
+        return self.shapes[0] if whole else z.shape
+
     def select(self, count: int) -> Layout:
         """The layout of `count` samples."""
         shapes = tuple(torch.Size((count, *shape[1:])) for shape in self.shapes)

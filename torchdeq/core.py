@@ -7,6 +7,8 @@ The options, their order and their defaults come from the table in `torchdeq.uti
 from __future__ import annotations
 
 import inspect
+import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,20 +18,29 @@ import torch
 from torch import nn
 
 from torchdeq._held import hold, release
+from torchdeq._modes import in_dual_level
 from torchdeq._state import Tree
 from torchdeq._suggest import did_you_mean
 from torchdeq.deq import FORWARD_REMEDY, noise_in, solve_and_attach
-from torchdeq.diagnostics.spectral import spectral_radius
 from torchdeq.dropout import reset_dropout
 from torchdeq.grad.base import GradMethod
-from torchdeq.grad.factory import BackwardReport, Writer
+from torchdeq.grad.factory import BackwardReport, GradFunctor, Writer
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, checked_record
+from torchdeq.solver.fp_iter import FixedPointIteration
+from torchdeq.solver.functional import (
+    SOLVER_CLASSES,
+    SimpleSteps,
+    fixed_point_iter,
+    get_solver,
+    simple_fixed_point_iter,
+)
 from torchdeq.solver.registry import as_solver
 from torchdeq.solver.stat import SolverStat
 from torchdeq.utils.config import DEQConfig
+from torchdeq.utils.inherited import Inherited, InheritedSampling
 from torchdeq.utils.options import NAMES, OPTIONS, check_keywords, warn_near_misses
 
 __all__ = ["DEQBase", "DEQIndexing", "DEQSliced", "get_deq", "register_deq", "reset_deq"]
@@ -51,7 +62,7 @@ def _signature(*groups: str) -> inspect.Signature:
     )
 
 
-class DEQBase(nn.Module):
+class DEQBase(Inherited, nn.Module):
     """What the cores of torchdeq 0.1.0 share: their options, and the solve in eval mode.
 
     Derive from it to define another computational graph; `register_deq` then makes it known to `get_deq`.
@@ -93,7 +104,8 @@ class DEQBase(nn.Module):
         values |= given
         self.args = DEQConfig({**config, **given})
 
-        self.f_solver, self.b_solver = values["f_solver"], values["b_solver"]
+        # A name becomes a function of 0.1.0's call form, as programs call `deq.f_solver(f, x0=…)`.
+        self.f_solver, self.b_solver = _in_call_form(values["f_solver"]), _in_call_form(values["b_solver"])
         for prefix in ("f", "b"):  # a Solver object keeps its own settings unless others are given
             solver = as_solver(values[f"{prefix}_solver"])
             for option in ("max_iter", "tol", "stop_mode"):
@@ -103,15 +115,16 @@ class DEQBase(nn.Module):
         self.f_max_iter: int = int(self.f_max_iter)
         self.b_max_iter: int = int(self.b_max_iter)
         self.no_stat = values["no_stat"]
-        if self.no_stat and self.f_solver not in ("fixed_point_iter", "simple_fixed_point_iter"):
+        if self.no_stat and self.f_solver not in (fixed_point_iter, simple_fixed_point_iter):
             raise ValueError(
-                f"{name}(no_stat=True, f_solver={self.f_solver!r}): only Picard iteration can do without "
+                f"{name}(no_stat=True, f_solver={values['f_solver']!r}): only Picard iteration can do without "
                 f"residuals. Use f_solver='fixed_point_iter', or leave no_stat out."
             )
         eval_max_iter, factor = values["eval_f_max_iter"], values["eval_factor"]
-        self.eval_f_max_iter = eval_max_iter if eval_max_iter > 0 else max(1, int(self.f_max_iter * factor))
+        self.eval_f_max_iter = eval_max_iter if eval_max_iter > 0 else int(self.f_max_iter * factor)
+        self._told = False
         self._forward_report = Reporter(FORWARD_REMEDY)
-        self._backward_report = Reporter(ADJOINT_REMEDY)
+        self._backward_report: Reporter = Reporter(ADJOINT_REMEDY)
         self._options(values)
         self._solver(self.f_max_iter, {})  # so that a wrong value raises here, not at the first call
 
@@ -121,10 +134,33 @@ class DEQBase(nn.Module):
     def _solver(self, max_iter: int, solver_kwargs: Mapping[str, Any]) -> SolverLoop:
         """The forward solver with these settings."""
         solver: Any = self.f_solver
-        if self.no_stat and solver == "fixed_point_iter":
-            solver = "simple_fixed_point_iter"
-        base = {"max_iter": int(max_iter), "tol": self.f_tol, "stop_mode": self.f_stop_mode}
-        return as_solver(solver, **{**base, **solver_kwargs})
+        if self.no_stat and solver is fixed_point_iter:
+            solver = simple_fixed_point_iter
+        options: dict[str, Any] = {"max_iter": int(max_iter), "tol": self.f_tol, "stop_mode": self.f_stop_mode}
+        if max_iter == 0:  # no step: the start is the solution, with the residual that it has
+            return FixedPointIteration().replace(**{**options, "max_iter": 1})
+        options |= self._for_this_solver(solver, solver_kwargs)
+        if solver is simple_fixed_point_iter and (self.training or not torch.is_grad_enabled()):
+            # All the steps, and then those of the gradient. In eval mode under grad the gradient makes the last one.
+            solver = SimpleSteps()
+        return as_solver(solver, **options)
+
+    def _for_this_solver(self, solver: Any, solver_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options without those of another of 0.1.0's solvers, which it ignored: scripts pass them to whatever
+        `--f_solver` names."""
+        own = inspect.signature(solver).parameters if solver in SOLVER_CLASSES else None
+        if own is None:
+            return solver_kwargs
+        idle = [name for name in solver_kwargs if name in _OPTIONS_OF_SOLVERS and name not in own]
+        if idle and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{solver.__name__} has no use for {' and '.join(idle)} in solver_kwargs, an option of another solver. "
+                f"It is ignored.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return {name: value for name, value in solver_kwargs.items() if name not in idle}
 
     def _ift(self, hook: bool) -> IFT:
         solver = as_solver(
@@ -188,14 +224,21 @@ class DEQBase(nn.Module):
             solver = self._solver(max_iter, options)
             states, solution = solve_and_attach(f, z_init, solver, [self.last_method()], on_backward=report)
         self._forward_report(solution, lambda: noise_in(f, z_init))
-        info = SolverStat.from_solution(solution)
+        monitors = len(solution.abs_trace) > 1
+        steps = self._compute_f_iter(int(max_iter))[-1] if self.training else int(max_iter)
+        info = SolverStat.from_solution(solution, steps if monitors else 0)
         if not self.training:
             # Held and not released: to look at f changes no buffer.
-            info["sradius"] = spectral_radius(hold(f), solution.z) if sradius_mode else torch.zeros(1)
+            info["sradius"] = self._sradius(hold(f), solution.z) if sradius_mode else torch.zeros(1)
         return [list(z) if unpacked else z for z in states], info
 
 
+def _in_call_form(solver: Any) -> Any:
+    return get_solver(solver) if isinstance(solver, str) else solver
+
+
 StateMap = Callable[[Tree], Tree]
+_OPTIONS_OF_SOLVERS = {name for form in SOLVER_CLASSES for name in inspect.signature(form).parameters}
 _DEFAULTS = {o.name: o.in_signature for o in OPTIONS}
 
 
@@ -209,7 +252,7 @@ class _Unpacked:
         return self.func(*z)
 
 
-class _Sampling(DEQBase):
+class _Sampling(InheritedSampling, DEQBase):
     """The options that `DEQIndexing` and `DEQSliced` share."""
 
     def _options(self, values: Mapping[str, Any]) -> None:
@@ -226,10 +269,11 @@ class _Sampling(DEQBase):
         self.ift = bool(values["ift"] or values["hook_ift"])
         self.hook_ift = bool(values["hook_ift"])
         self.n_states = values["n_states"]
-        self.indexing = tuple(values["indexing"] or ())
+        self.arg_indexing = tuple(values["indexing"] or ())
         if not isinstance(self.n_states, int) or self.n_states < 1:
             raise ValueError(f"{name}(n_states={self.n_states!r}): expected an integer of at least 1.")
-        count = len(self.sampled_at(self.f_max_iter))
+        self.own_grads = []
+        count = len(self._compute_f_iter(self.f_max_iter))
         if len(self.grad) not in (1, count):
             raise ValueError(
                 f"{name}(grad={self.grad}): expected one number of phantom steps, or one for each of the "
@@ -252,11 +296,13 @@ class _Sampling(DEQBase):
                 )
             gap = f_max_iter // n
             return tuple(f_max_iter - gap * k for k in reversed(range(n)))
-        inner = checked_record(self.indexing, f_max_iter)
+        inner = checked_record(self.arg_indexing, f_max_iter)
         return inner if inner and inner[-1] == f_max_iter else (*inner, f_max_iter)
 
     def methods(self, count: int) -> list[GradMethod]:
         """One gradient method per sampled state."""
+        if self.own_grads:
+            return [functor.method for functor in self.own_grads[:count]]
         steps = self.grad * count if len(self.grad) == 1 else self.grad
         methods: list[GradMethod] = [
             PhantomGrad(
@@ -270,6 +316,22 @@ class _Sampling(DEQBase):
         if self.ift:
             methods[-1] = self._ift(self.hook_ift)
         return methods
+
+    def _attached(
+        self,
+        f: StateMap,
+        z0: Tree,
+        solver: SolverLoop,
+        methods: Sequence[GradMethod],
+        record: Sequence[int],
+        report: Any,
+    ) -> tuple[list[Tree], Solution]:
+        """`solve_and_attach`, whose states and their number do not depend on grad mode, as in 0.1.0."""
+        states, solution = solve_and_attach(f, z0, solver, methods, record=record, on_backward=report)
+        if not (torch.is_grad_enabled() or in_dual_level()):
+            pairs = zip(states, methods, strict=True)
+            states = [state for z, method in pairs for state in GradFunctor(method)(None, f, z)]
+        return states, solution
 
     def last_method(self) -> GradMethod:
         """In eval mode under grad: the last method, without further samples."""
@@ -297,11 +359,28 @@ class DEQIndexing(_Sampling):
         self, f: StateMap, z0: Tree, f_max_iter: int, solver_kwargs: Mapping[str, Any], report: Any
     ) -> tuple[list[Tree], Solution]:
         """See `DEQBase.train_states`."""
-        at = self.sampled_at(f_max_iter)
-        return solve_and_attach(
-            f, z0, self._solver(f_max_iter, solver_kwargs), self.methods(len(at)), record=at[:-1],
-            on_backward=report,
-        )  # fmt: skip
+        at, held = self._compute_f_iter(f_max_iter), hold(f)
+        solver = self._solver(f_max_iter, solver_kwargs)
+        found = self._attached(held, z0, solver, self.methods(len(at)), at[:-1], report)
+        if held is not f:
+            release(held)
+        return found
+
+    def _compute_f_iter(self, f_max_iter: int) -> list[int]:
+        """The evaluations that are sampled."""
+        return list(self.sampled_at(f_max_iter))
+
+    def _solve_fixed_point(
+        self,
+        deq_func: Callable[..., Any],
+        z_init: Tree,
+        f_max_iter: int | None = None,
+        indexing: Sequence[int] | None = None,
+        solver_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tree, list[Tree], SolverStat]:
+        """A solve without gradients, for classes with a `forward` of their own."""
+        return self._solved(deq_func, z_init, f_max_iter, indexing, solver_kwargs)
 
 
 class DEQSliced(_Sampling):
@@ -322,17 +401,39 @@ class DEQSliced(_Sampling):
         self, f: StateMap, z0: Tree, f_max_iter: int, solver_kwargs: Mapping[str, Any], report: Any
     ) -> tuple[list[Tree], Solution]:
         """See `DEQBase.train_states`."""
-        at = self.sampled_at(f_max_iter)
+        slices = self._compute_f_iter(f_max_iter)
         states: list[Tree] = []
         z, held = z0, hold(f)  # one update of the buffers for all slices
-        for method, start, end in zip(self.methods(len(at)), (0, *at), at, strict=False):
-            solver = self._solver(end - start, solver_kwargs)
-            found, solution = solve_and_attach(held, z, solver, [method], on_backward=report)
+        for method, steps in zip(self.methods(len(slices)), slices, strict=False):
+            found, solution = self._attached(
+                held, z, self._solver(steps, solver_kwargs), [method], (), report
+            )
             states += found
             z = _detached(found[-1])
         if held is not f:
             release(held)
         return states, solution
+
+    def _compute_f_iter(self, f_max_iter: int) -> list[int]:
+        """The evaluations of each slice."""
+        if self.n_states > 1 and f_max_iter == 0:
+            return [0] * self.n_states
+        at = self.sampled_at(f_max_iter)
+        if self.n_states > 1:
+            return [f_max_iter // self.n_states] * self.n_states
+        return [end - start for start, end in itertools.pairwise((0, *at))]
+
+    def _solve_fixed_point(
+        self,
+        deq_func: Callable[..., Any],
+        z_init: Tree,
+        f_max_iter: int | None = None,
+        solver_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tree, SolverStat]:
+        """A solve without gradients, for classes with a `forward` of their own."""
+        z, _, info = self._solved(deq_func, z_init, f_max_iter, None, solver_kwargs)
+        return z, info
 
 
 def _detached(state: Tree) -> Tree:
@@ -390,10 +491,10 @@ def get_deq(args: Any = None, **kwargs: Any) -> Any:
             f"there is no DEQ core {core!r}.{did_you_mean(core, CORES)} Registered are {', '.join(CORES)}; "
             f"register_deq adds to them."
         )
-    if issubclass(CORES[core], DEQBase):
+    if CORES[core] in (DEQIndexing, DEQSliced):
         check_keywords(kwargs, NAMES, "get_deq")
         return CORES[core](config, **kwargs)
-    config.update(**kwargs)
+    config.update(**kwargs)  # a class of the caller's may have options of its own
     return CORES[core](config)
 
 

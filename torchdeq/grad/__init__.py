@@ -5,6 +5,7 @@
 
 from torchdeq.grad.base import GradMethod
 from torchdeq.grad.factory import GradFunctor, backward_factory
+from torchdeq.grad.factory import make_pair as make_pair
 from torchdeq.grad.ift import IFT
 from torchdeq.grad.jfb import JFB
 from torchdeq.grad.neumann_phantom import NeumannPhantom

@@ -104,6 +104,24 @@ class GradFunctor:
         return f"backward_factory({method!r}{solver})"
 
 
+def make_pair(target: Sequence[Any], source: Sequence[Any]) -> list[Any]:
+    """`source` with as many entries as `target`: as it is, or its only entry repeated.
+
+    Raises:
+        ValueError: it has another number of entries.
+
+    Example:
+        >>> make_pair([10, 20, 30], [1])
+        [1, 1, 1]
+    """
+    if len(source) not in (1, len(target)):
+        raise ValueError(
+            f"make_pair: expected one entry, or one for each of the {len(target)} of {list(target)!r}, got "
+            f"{len(source)}: {list(source)!r}."
+        )
+    return list(source) if len(source) == len(target) else list(source) * len(target)
+
+
 @dataclass(frozen=True)
 class BackwardReport:
     """Hands an adjoint `Solution` to the convergence report and, as a `SolverStat`, to a 0.1.0-style writer."""

@@ -5,15 +5,27 @@ Translation only: each builds the solver object, runs it, and returns its `Solut
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchdeq._state import Tree, layout_of
+from torchdeq._state import Layout, Map, Tree, layout_of
+from torchdeq.solution import Solution, Status
+from torchdeq.solver import anderson, broyden, fp_iter
 from torchdeq.solver.anderson import Anderson
-from torchdeq.solver.base import Solver, SolverLoop, checked_record, flatten_map
+from torchdeq.solver.base import (
+    Solver,
+    SolverLoop,
+    checked_record,
+    flatten_map,
+    layout_of_map,
+    start_of,
+    unravel_solution,
+)
 from torchdeq.solver.broyden import Broyden
 from torchdeq.solver.fp_iter import FixedPointIteration, SimpleFixedPointIteration
 from torchdeq.solver.registry import as_solver, look_up
@@ -183,24 +195,54 @@ def simple_fixed_point_iter(
         >>> z, states
         (tensor([[0.1250]]), [tensor([[0.5000]])])
     """
-    solver = as_solver(SimpleFixedPointIteration(), max_iter=max_iter, tau=tau, **kwargs)
-    steps = checked_record(indexing or (), max_iter)
+    solver = as_solver(SimpleSteps(), max_iter=max_iter, tau=tau, **kwargs)
     layout = layout_of(x0)
-    f = flatten_map(func, layout)
-    states: list[Tree] = []
-    z, count = layout.ravel(x0, source="x0"), 0
+    start = layout.ravel(x0, source="x0")
+    solution = unravel_solution(solver.run(flatten_map(func, layout), start, record=indexing or ()), layout)
+    return solution.z, solution.states, SolverStat.from_solution(solution)
 
-    def watched(before: Tensor) -> Tensor:
-        """f, noting the step it leads to: the solver's own record is of iterates it has measured."""
-        nonlocal z, count
-        image = f(before)
-        z, count = solver.step(f, before, image, None)[0], count + 1
-        if count in steps:
-            states.append(layout.unravel(z))
-        return image
 
-    solution = solver.run(watched, z)
-    return layout.unravel(z), states, SolverStat.from_solution(solution)
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SimpleSteps(SimpleFixedPointIteration):
+    """Simple iteration as in 0.1.0: `max_iter` steps, and the state after the last of them.
+
+    The other solvers return an iterate whose residual they know. Programs for 0.1.0 run this one for a fixed number
+    of steps, and expect f applied so many times. The residual is that of the iterate before, as it was there.
+
+    Example:
+        >>> import torch
+        >>> SimpleSteps(max_iter=3).run(lambda z: z / 2, torch.ones(1, 1), record=[1]).z
+        tensor([[0.1250]])
+    """
+
+    def run(
+        self,
+        f: Map,
+        z0: Tensor | None = None,
+        *,
+        record: Sequence[int] = (),
+        layout: Layout | None = None,
+        together: bool = True,
+    ) -> Solution:
+        """See `SolverLoop.run`; `record` counts steps."""
+        steps = checked_record(record, self.max_iter)
+        images: dict[int, Tensor] = {}
+        last, count = start_of(f) if z0 is None else z0, 0
+
+        def watched(z: Tensor) -> Tensor:
+            """f, noting the step it leads to: the loop's own record is of iterates it has measured."""
+            nonlocal last, count
+            fz = f(z)
+            last, count = self.step(f, z, fz, None)[0], count + 1
+            if count in steps:
+                images[count] = last
+            return fz
+
+        solution = super().run(watched, z0, layout=layout or layout_of_map(f), together=together)
+        failed = (solution.status == Status.NON_FINITE)[:, None]
+        return dataclasses.replace(
+            solution, z=torch.where(failed, solution.z, last), states=[images[k] for k in steps]
+        )
 
 
 @dataclass(frozen=True)
@@ -215,6 +257,11 @@ class SolverFunction:
     """
 
     name: str
+
+    @property
+    def __name__(self) -> str:
+        """As a function has one."""
+        return self.name
 
     @property
     def solver_class(self) -> Any:
@@ -266,3 +313,12 @@ SOLVER_CLASSES: dict[Callable[..., Any], type[Solver]] = {
 }
 for _form, _class in SOLVER_CLASSES.items():
     _form.solver_class = _class  # type: ignore[attr-defined]
+
+# 0.1.0 had each function in the module of its method, and programs import it from there.
+for _module, _form in (
+    (anderson, anderson_solver),
+    (broyden, broyden_solver),
+    (fp_iter, fixed_point_iter),
+    (fp_iter, simple_fixed_point_iter),
+):
+    setattr(_module, _form.__name__, _form)

@@ -50,8 +50,9 @@ _OLD_NAMES = {"LBFGS_thres": "m"}
 class FunctionSolver(Solver):
     """A solver given as a function of torchdeq 0.1.0's form.
 
-    The function is called as `function(f, x0, max_iter=…, tol=…, stop_mode=…, indexing=…, **options)` and
-    returns `(z, sampled states, info)`. What it returns is measured here with one more evaluation of f, so
+    The function is called as `function(f, x0, max_iter=…, tol=…, stop_mode=…, **options)`, with `indexing=…` where
+    states are to be sampled, and returns `(z, sampled states, info)`. As in 0.1.0 a state of one tensor keeps its
+    shape and one of several is a (B, D) tensor. What it returns is measured here with one more evaluation of f, so
     that the residual that is reported is that of the state that is returned.
 
     Arguments:
@@ -79,22 +80,31 @@ class FunctionSolver(Solver):
         return super().replace(**own, options={**self.options, **other} if other else self.options)
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
-        z = start_of(f.f) if z0 is None else z0
+        start = start_of(f.f) if z0 is None else z0
+        shape = start.shape if f.layout is None else f.layout.shape(start)
+        asked: dict[str, Any] = {"indexing": list(record)} if record else {}
+
+        def as_it_was(x: Tensor, tau: float = 1.0) -> Tensor:
+            """f as 0.1.0's solvers were given it: on the state's own shape, damped if they say so."""
+            fx = f(x.reshape(start.shape)).reshape(shape)
+            return fx if tau == 1 else tau * fx + (1 - tau) * x
+
         z, sampled, _ = self.function(
-            f,
-            z,
+            as_it_was,
+            start.reshape(shape),
             max_iter=self.max_iter,
             tol=self.tol,
             stop_mode=self.stop_mode,
-            indexing=list(record) or None,
+            **asked,
             **self.options,
         )
-        fz = f(z)
-        if fz.shape != z.shape or sampled is None:
+        if z.shape != shape or sampled is None:
             raise ValueError(
                 f"{self.function!r} must return (z, sampled states, info) with z of the shape of x0, got "
                 f"z of shape {tuple(z.shape)}."
             )
+        z, sampled = z.reshape(start.shape), [s.reshape(start.shape) for s in sampled]
+        fz = f(z)
         final = self._measured(z, fz, f)
         failed = ~final.measure.isfinite()
         states = [*sampled[: len(record)], *[None] * (len(record) - len(sampled))]

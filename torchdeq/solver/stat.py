@@ -17,7 +17,9 @@ class SolverStat(dict[str, Any]):
     Keys: 'abs_lowest' and 'rel_lowest' (B,), the residuals of the returned state; 'abs_trace' and
     'rel_trace' (B, N), the residuals at each evaluation, as many as were made; 'nstep' (B,), evaluations
     until a sample stopped, floating point; 'sradius', the spectral radius where it was asked for. New:
-    'converged' (B,), 'status' (B,) and 'nfe'. Keys that were not given hold −1 as in 0.1.0.
+    'converged' (B,), 'status' (B,) and 'nfe' (B,), all calls of f, the same number for each sample. Keys that were
+    not given hold −1 as in 0.1.0. Every value is a tensor whose first dimension is the batch, so that dictionaries of
+    several solves can be concatenated.
 
     Example:
         >>> SolverStat()['nstep']
@@ -32,17 +34,21 @@ class SolverStat(dict[str, Any]):
             self.setdefault(key, torch.tensor([[-1.0]]))
 
     @classmethod
-    def from_solution(cls, solution: Solution) -> Self:
-        """The dictionary for a `Solution`."""
+    def from_solution(cls, solution: Solution, columns: int = 0) -> Self:
+        """The dictionary for a `Solution`. A trace shorter than `columns` repeats its last value up to there."""
+
+        def trace(steps: Tensor) -> Tensor:
+            return torch.cat([steps, steps[-1:].expand(max(0, columns - len(steps)), -1)]).mT
+
         return cls(
             abs_lowest=solution.abs_residual,
             rel_lowest=solution.rel_residual,
-            abs_trace=solution.abs_trace.mT,
-            rel_trace=solution.rel_trace.mT,
+            abs_trace=trace(solution.abs_trace),
+            rel_trace=trace(solution.rel_trace),
             nstep=solution.nstep.to(solution.abs_residual.dtype),
             converged=solution.converged,
             status=solution.status,
-            nfe=solution.nfe,
+            nfe=torch.full_like(solution.nstep, solution.nfe),
         )
 
     @classmethod

@@ -1,0 +1,18 @@
+"""`old`: torchdeq 0.1.0 itself. Tests that ask for it are skipped where its wheel cannot be had."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from tests.compat.peer import UnreachableError, peer
+
+
+@pytest.fixture(scope="session")
+def old() -> ModuleType:
+    """The package that is compared with."""
+    try:
+        return peer()
+    except UnreachableError as error:
+        pytest.skip(str(error))
