@@ -20,6 +20,7 @@ MODULES = {
 FLOORS = {
     "torchdeq._state": 0,
     "torchdeq._replay": 0,
+    "torchdeq._ritz": 0,
     "torchdeq._modes": 0,
     "torchdeq._held": 0,
     "torchdeq._suggest": 0,

@@ -19,7 +19,6 @@ from torchdeq import (
     FixedPointIteration,
     Status,
 )
-from torchdeq.diagnostics import spectral_radius
 from torchdeq.solution import Reporter
 
 
@@ -68,25 +67,3 @@ def test_a_reporter_warns_once_counts_always_and_pickles():
     assert pickle.loads(pickle.dumps(report)).unconverged == 2
     with pytest.raises(ConvergenceError, match="Do that"):
         Reporter("Do that.", throw=True)(short())
-
-
-def test_the_spectral_radius_where_a_rayleigh_quotient_fails():
-    """0.1.0's power method says .33 or .45 for a complex pair of modulus .9, and NaN for J = 0."""
-    turn = 0.9 * torch.tensor([[0.5, -(0.75**0.5)], [0.75**0.5, 0.5]], dtype=torch.float64)
-    z = torch.zeros(2, 2, dtype=torch.float64)
-    assert torch.allclose(spectral_radius(lambda z: z @ turn.T, z), torch.full((2,), 0.9, dtype=z.dtype))
-    # Ritz values come as 1 − (1 − λ): zero to rounding.
-    assert spectral_radius(lambda z: 0 * z, z).max() < 1e-15
-    assert torch.equal(spectral_radius(lambda z: torch.ones_like(z), z), torch.zeros(2, dtype=z.dtype))
-    f = TanhMap.make(n=20, batch=3, gain=1.3)
-    at = torch.randn(3, 20, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian
-    exact = torch.stack(
-        [
-            torch.linalg.eigvals(jacobian(lambda v, x=x: torch.tanh(f.w @ v + x), v)).abs().max()
-            for v, x in zip(at, f.x.detach(), strict=True)
-        ]
-    )
-    assert torch.allclose(spectral_radius(f, at, steps=20), exact, rtol=1e-8)
-    with pytest.raises(ValueError, match="at least 1"):
-        spectral_radius(f, at, steps=0)

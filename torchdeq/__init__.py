@@ -33,6 +33,7 @@ from torchdeq.grad import (
     backward_factory,
 )
 from torchdeq.implicit import implicit_minimum, implicit_root
+from torchdeq.loss import deq_jac_loss, fp_correction, jac_reg, power_method, register_weight_func
 from torchdeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution, Status
 from torchdeq.solver import (
     CG,
@@ -59,7 +60,7 @@ from torchdeq.solver import (
     register_solver,
     solver_stat_from_final_step,
 )
-from torchdeq.utils import DEQConfig, add_deq_args
+from torchdeq.utils import DEQConfig, add_deq_args, mem_gc, mixed_init
 
 __version__ = "1.0.0.dev0"
 
@@ -114,13 +115,20 @@ __all__ = [
     "as_grad",
     "as_solver",
     "backward_factory",
+    "deq_jac_loss",
     "fixed_point",
+    "fp_correction",
     "get_deq",
     "get_solver",
     "implicit_minimum",
     "implicit_root",
+    "jac_reg",
+    "mem_gc",
+    "mixed_init",
+    "power_method",
     "register_deq",
     "register_solver",
+    "register_weight_func",
     "reset_deq",
     "reset_dropout",
     "solver_stat_from_final_step",

@@ -25,14 +25,25 @@ __all__ = [
 class VariationalDropout(nn.Module):
     """Dropout of single elements with a mask that is kept until `reset_dropout`.
 
-    In training mode x is multiplied by a mask of zeros (with probability `dropout`) and 1 / (1 − dropout); in
-    eval mode it is returned as it is.
+        y = x m / (1 − p),   m ~ Bernoulli(1 − p), drawn once
+
+    in training mode; in eval mode y = x.
 
     Arguments:
-        dropout: the probability of zeroing, in [0, 1].
+        dropout: p, the probability of zeroing, in [0, 1].
+        generator: where masks come from; None for the global one of the device. A mask is drawn on the generator's
+            device and goes to that of x, so that a seeded one on the CPU gives the same masks everywhere. Copies of
+            the layer, pickled ones too, have a copy of the generator, in the state it was in; layers that share one
+            share it in a copy of the model.
+
+    The mask is no buffer. It is not in `state_dict`, and it follows the dtype and device of x by itself.
 
     Raises:
         ValueError: the probability is out of range; or the input no longer fits the mask that is held.
+        TypeError: the input holds integers.
+
+    Source: Gal and Ghahramani (2016), arXiv 1512.05287. The draws from the global generator of the CPU are those of
+    torchdeq 0.1.0.
 
     Example:
         >>> drop, x = VariationalDropout(0.5), torch.ones(2, 8)
@@ -40,40 +51,60 @@ class VariationalDropout(nn.Module):
         True
     """
 
+    #: zeros and 1 / (1 − p), in float32 or the dtype of x if that is wider; None until it is drawn.
     mask: Tensor | None
 
-    def __init__(self, dropout: float = 0.5):
+    def __init__(self, dropout: float = 0.5, *, generator: torch.Generator | None = None):
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(
                 f"{type(self).__name__}(dropout={dropout!r}): the probability of zeroing must lie in [0, 1]."
             )
         self.dropout = dropout
+        self.generator = generator
         self.mask = None
 
     def mask_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the mask for the input x, with 1 where it is shared."""
         return tuple(x.shape)
 
-    def reset_mask(self) -> None:
-        """Forget the mask; the next call in training mode draws another."""
-        self.mask = None
+    def reset_mask(self, x: Tensor) -> None:
+        """Draw a mask that fits x. `reset_dropout` has it drawn at the next call."""
+        device = x.device if self.generator is None else self.generator.device
+        real = x.dtype.to_real() if x.is_complex() else x.dtype
+        # Outside inference mode: the mask may be used in training, where an inference tensor cannot be saved.
+        with torch.inference_mode(False), torch.no_grad():
+            mask = torch.zeros(self.mask_shape(x), dtype=torch.float32, device=device)
+            mask.bernoulli_(1 - self.dropout, generator=self.generator)
+            mask = self._scaled(mask.to(x.device), torch.promote_types(real, torch.float32))
+            while torch._C._functorch.is_gradtrackingtensor(mask):  # it outlives a transform of torch.func
+                mask = torch._C._functorch.get_unwrapped(mask)
+            self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, …) times the mask."""
+        """x (B, …) times the mask, in the dtype of x."""
         if not self.training or self.dropout == 0:
             return x
-        shape = self.mask_shape(x)
+        if not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"{self!r} expects floating-point or complex numbers, got {x.dtype}.")
         if self.mask is None:
-            keep = 1 - self.dropout
-            # keep = 0 drops everything; the draw is below 0 nowhere and the scale does not matter.
-            self.mask = (torch.rand(shape, device=x.device) < keep).to(x.dtype) / (keep or 1.0)
-        elif tuple(self.mask.shape) != shape:
+            self.reset_mask(x)
+        mask = self.mask
+        assert mask is not None
+        shape = self.mask_shape(x)
+        if tuple(mask.shape) != shape:
             raise ValueError(
-                f"{self!r} holds a mask of shape {tuple(self.mask.shape)}, but this input needs {shape}. Call "
+                f"{self!r} holds a mask of shape {tuple(mask.shape)}, but this input needs {shape}. Call "
                 f"reset_dropout(model) before each solve, at the latest when the batch size changes."
             )
-        return x * self.mask.to(x)
+        real = x.dtype.to_real() if x.is_complex() else x.dtype
+        if torch.promote_types(mask.dtype, real) != mask.dtype:
+            mask = self._scaled(mask.to(x.device), real)  # drawn for float32, say, and used for float64
+        return x * mask.to(x)
+
+    def _scaled(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros where the mask is zero, 1 / (1 − p) elsewhere; for p = 1 there is no elsewhere."""
+        return (mask != 0).to(dtype) / ((1 - self.dropout) or 1.0)
 
     def extra_repr(self) -> str:
         """The options, for printing."""
@@ -86,8 +117,10 @@ class _Shared(VariationalDropout):
     _space: int
     _whole: str
 
-    def __init__(self, dropout: float = 0.5, token_first: bool = True):
-        super().__init__(dropout)
+    def __init__(
+        self, dropout: float = 0.5, token_first: bool = True, *, generator: torch.Generator | None = None
+    ):
+        super().__init__(dropout, generator=generator)
         self.token_first = token_first
 
     def mask_shape(self, x: Tensor) -> tuple[int, ...]:
@@ -114,6 +147,7 @@ def _variant(space: int, whole: str) -> type[_Shared]:
     Arguments:
         dropout: the probability of zeroing, in [0, 1].
         token_first: the input is (B, {axes}, D) if True, (B, D, {axes}) if False.
+        generator: see `VariationalDropout`.
 
     Raises:
         ValueError: as `VariationalDropout`; or the input has another number of dimensions.
@@ -134,7 +168,9 @@ VariationalDropToken3d = _variant(3, "token")
 
 
 def reset_dropout(model: nn.Module) -> None:
-    """Forget the masks of all variational dropout layers in `model`; call it before each training step.
+    """Forget the masks of all variational dropout layers in `model`; the next call in training mode draws others.
+
+    Call it before each training step, and not before the backward pass of the step is over: that evaluates f again.
 
     Example:
         >>> drop = VariationalDropout(0.5)
@@ -145,4 +181,4 @@ def reset_dropout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, VariationalDropout):
-            module.reset_mask()
+            module.mask = None

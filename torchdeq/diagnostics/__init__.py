@@ -4,7 +4,7 @@ from torchdeq.diagnostics.check import check_fixed_point
 from torchdeq.diagnostics.compare import Candidate, compare_gradients, default_candidates
 from torchdeq.diagnostics.memory import SavedBytes
 from torchdeq.diagnostics.report import Finding, FixedPointReport
-from torchdeq.diagnostics.spectral import spectral_radius
+from torchdeq.diagnostics.spectral import LeadingEigenvalue, leading_eigenvalue, spectral_radius
 from torchdeq.diagnostics.table import Comparison, Row
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "Comparison",
     "Finding",
     "FixedPointReport",
+    "LeadingEigenvalue",
     "Row",
     "SavedBytes",
     "check_fixed_point",
     "compare_gradients",
     "default_candidates",
+    "leading_eigenvalue",
     "spectral_radius",
 ]

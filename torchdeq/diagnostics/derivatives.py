@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchdeq._ritz import leading_ritz
 from torchdeq._state import per_sample
 from torchdeq.diagnostics.leaves import leaves_of
 from torchdeq.diagnostics.probe import Probe, Unfit, dot, told
 from torchdeq.diagnostics.report import Finding
 from torchdeq.diagnostics.slopes import Slope
-from torchdeq.diagnostics.spectral import ritz_values, spectral_radius
+from torchdeq.diagnostics.spectral import spectral_radius
 
 
 class Contraction(NamedTuple):
@@ -146,8 +147,8 @@ def contraction(probe: Probe, where: str, steps: int) -> tuple[Finding, Contract
             batch_dims=probe.layout.depth,
             generator=torch.Generator(probe.z.device).manual_seed(0),
         )
-        squares = ritz_values(lambda v: probe.vjp_or_zero(jvp(v)), probe.noise(), steps)
-        norm = squares.real.amax(dim=1).clamp_min(0).sqrt()
+        square = leading_ritz(lambda v: probe.vjp_or_zero(jvp(v)), probe.noise(), steps, steps).value
+        norm = square.real.clamp_min(0).sqrt()
         d = probe.direction()
         jd, jtd = jvp(d), probe.vjp_or_zero(d)
     except Exception as error:

@@ -1,14 +1,37 @@
-"""The spectral radius of the Jacobian of f at a state, from Ritz values."""
+"""The eigenvalue of largest modulus of the Jacobian of f at a state, from Ritz values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdeq._state import FlatMap, Map, Tree, layout_of, per_sample
-from torchdeq.solver.gmres import GMRES
+from torchdeq._replay import AutocastState
+from torchdeq._ritz import leading_ritz
+from torchdeq._state import FlatMap, Tree, layout_of
+
+
+class LeadingEigenvalue(NamedTuple):
+    """The eigenvalue of largest modulus of a Jacobian, per sample, and how far it can be trusted.
+
+    Attributes:
+        value: (B,), complex. One of a pair stands for both.
+        error: (B,), an estimate, to first order, of the distance to an eigenvalue: what the products leave over and
+            what rounding makes of it, times how much the eigenvalue moves when J does. Large where there were too few
+            products, and where J is defective. It does not know of an eigenvalue that the products have not seen.
+        products: how many were made.
+
+    Example:
+        >>> found = leading_eigenvalue(lambda z: -0.5 * z, torch.ones(1, 3))
+        >>> round(found.value.real.item(), 4), found.error.item() < 1e-5
+        (-0.5, True)
+    """
+
+    value: Tensor
+    error: Tensor
+    products: int
 
 
 def spectral_radius(
@@ -17,22 +40,19 @@ def spectral_radius(
     *,
     steps: int = 40,
     batch_dims: int = 1,
+    m: int = 64,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The largest modulus of an eigenvalue of J = ∂f/∂z at z, per sample.
+    """The largest modulus of an eigenvalue of J = ∂f/∂z at z, per sample: |`leading_eigenvalue`|.
 
-    Ritz values of Jᵀ from an Arnoldi process with a random start: right for complex pairs and nonnormal J,
-    where a Rayleigh quotient is not. Exact once `steps` reaches the number of unknowns; a lower estimate before.
+    Below 1, f contracts in some norm near z and plain iteration converges from close by. Right for complex pairs and
+    nonnormal J, where a Rayleigh quotient is not. Exact where a sample has at most `min(steps, m)` numbers; else it
+    may be off, mostly downwards, for a J far from normal upwards as well. `leading_eigenvalue` gives an error with it.
 
-    Arguments:
-        f: the map, which must treat samples separately (or give batch_dims=0).
-        z: where to take the Jacobian, (B, …) or a pytree of such.
-        steps: products with Jᵀ, at least 1.
-        batch_dims: see `torchdeq.DEQ`.
-        generator: for the random start; None for the global one.
+    Arguments: see `leading_eigenvalue`.
 
     Returns:
-        (B,), zero to rounding where J is zero.
+        (B,), zero where J is zero.
 
     Example:
         >>> import math
@@ -40,38 +60,74 @@ def spectral_radius(
         >>> bool((spectral_radius(lambda z: z @ turn.T, torch.zeros(1, 2)) - 0.9).abs() < 1e-5)
         True
     """
+    found = _leading("spectral_radius", f, z, steps, batch_dims, m, generator)
+    return found.value.abs()
+
+
+def leading_eigenvalue(
+    f: Callable[[Tree], Tree],
+    z: Tree,
+    *,
+    steps: int = 40,
+    batch_dims: int = 1,
+    m: int = 64,
+    generator: torch.Generator | None = None,
+) -> LeadingEigenvalue:
+    """The eigenvalue of largest modulus of J = ∂f/∂z at z, per sample, with an estimate of its error.
+
+    Its place says what plain iteration does near z. On the positive axis: it creeps; near −1: it jumps to and fro,
+    and damping helps; a pair off the axis: it spirals. It is a Ritz value of Jᵀ from Arnoldi's process with a
+    random start.
+
+    Arguments:
+        f: the map, which must treat samples separately (or give batch_dims=0).
+        z: where to take the Jacobian, (B, …) or a pytree of such.
+        steps: products with Jᵀ to make at most, at least 1.
+        batch_dims: see `torchdeq.DEQ`.
+        m: how many vectors of the size of z to hold, at least 8. Where `steps` is more, the space is restarted with
+            the best 30 % of it.
+        generator: for the random start; None for the global one.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Source: Arnoldi (1951), doi 10.1090/qam/42792; Stewart (2001), doi 10.1137/S0895479800371529, for restarts.
+
+    Example:
+        >>> w = torch.tensor([[0.0, -0.8], [0.8, 0.0]])
+        >>> found = leading_eigenvalue(lambda z: z @ w.T, torch.zeros(1, 2))
+        >>> round(found.value.real.abs().item(), 4), round(found.value.imag.abs().item(), 4), found.products
+        (0.0, 0.8, 2)
+    """
+    return _leading("leading_eigenvalue", f, z, steps, batch_dims, m, generator)
+
+
+def _leading(
+    name: str,
+    f: Callable[[Tree], Tree],
+    z: Tree,
+    steps: int,
+    batch_dims: int,
+    m: int,
+    generator: torch.Generator | None,
+) -> LeadingEigenvalue:
     if steps < 1:
-        raise ValueError(f"spectral_radius(steps={steps}): expected at least 1 product with Jᵀ.")
+        raise ValueError(f"{name}(steps={steps}): expected at least 1 product with Jᵀ.")
+    if m < 8:
+        raise ValueError(f"{name}(m={m}): expected at least 8 vectors, the state's size each.")
     layout = layout_of(z, batch_dims)
     with torch.enable_grad():
         at = layout.ravel(z, source="z").detach().clone().requires_grad_()
         image = FlatMap(f, layout)(at)
     start = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
-    if not image.requires_grad or at.shape[1] == 0:
-        return at.new_zeros(at.shape[0])
+    if not image.requires_grad or at.numel() == 0:
+        zero = at.new_zeros(at.shape[0])
+        return LeadingEigenvalue(torch.complex(zero, zero), zero, 0)
 
     def transposed(u: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(image, at, u, retain_graph=True, allow_unused=True)
         return torch.zeros_like(u) if product is None else product
 
-    return ritz_values(transposed, start, steps).abs().amax(dim=1)
-
-
-def ritz_values(linear: Map, start: Tensor, steps: int) -> Tensor:
-    """Eigenvalues of the linear map on the Krylov space of `start`, per sample, (B, j), complex; j ≤ min(steps, D).
-
-    Arguments:
-        linear: (B, D) -> (B, D).
-        start: (B, D), not zero.
-        steps: products with the map.
-    """
-    # Arnoldi for A = I − linear, as in GMRES, which keeps H = Qᵀ R; the eigenvalues of linear are 1 − those of A.
-    krylov = GMRES()
-    state = krylov.first(start / per_sample(start)[:, None])
-    for _ in range(min(steps, start.shape[1])):
-        state, _ = krylov.advance(state.probe - linear(state.probe), state)
-    j = state.j
-    h = state.rotation[:, : j + 1, :j].mT @ state.r[:, : j + 1, :j]  # (B, j, j)
-    unused = state.basis[:, :j].abs().amax(dim=2) == 0  # beyond an invariant subspace
-    h = h.masked_fill(unused[:, None, :] | unused[:, :, None], 0.0) + torch.diag_embed(unused.to(h.dtype))
-    return 1 - torch.linalg.eigvals(h)
+    with torch.no_grad(), AutocastState.capture(at.device).off():
+        found = leading_ritz(transposed, start, steps, m)
+    return LeadingEigenvalue(found.value, found.error, found.products)

@@ -7,13 +7,21 @@ Source: Bai, Koltun and Kolter (2021), arXiv 2106.14342, equation 5; the estimat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchdeq._held import hold, release
 from torchdeq._state import Tree
+from torchdeq.loss.spectral import power_method
+from torchdeq.loss.tracked import checked_pair, vjp
+from torchdeq.solver.maps import AffineMap
+
+__all__ = ["deq_jac_loss", "jac_reg", "power_method"]
 
 Distribution = Literal["gaussian", "rademacher"]
 
@@ -59,7 +67,7 @@ def jac_reg(
         raise ValueError(f"jac_reg(vecs={vecs!r}): expected at least 1 probe.")
     if distribution not in ("gaussian", "rademacher"):
         raise ValueError(f"jac_reg(distribution={distribution!r}): expected 'gaussian' or 'rademacher'.")
-    images, states = _checked(f0, z0)
+    images, states = checked_pair(f0, z0, "jac_reg")
     total = sum(
         _squared_norm(images, states, [_probe(z, distribution, generator) for z in states], create_graph)
         for _ in range(vecs)
@@ -68,18 +76,70 @@ def jac_reg(
     return torch.as_tensor(total) / (vecs * max(count, 1))
 
 
+def deq_jac_loss(
+    deq: nn.Module,
+    f: Callable[..., Tree],
+    z: Tree,
+    vecs: int = 1,
+    create_graph: bool = True,
+    *,
+    distribution: Distribution = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`jac_reg` at the solution z of a DEQ: f is evaluated there once more, as the DEQ evaluates it.
+
+    The point is a constant: the gradient goes to what f depends on, not through z. f gets its own grad mode, its
+    buffers stay as they are, and where `DEQ(hold_noise=True)` holds noise for a solve, f draws the same again. With
+    two or more solves of one such module before the loss, the noise is that of the last.
+
+    Arguments:
+        deq: the `DEQ`, or the module that `get_deq` made, that solved for z. In training and in eval mode.
+        f: the map that was solved.
+        z: the solution, in the form the module returns it: of a `DEQ` what comes first; of `get_deq` one of the
+            states, such as `states[-1]`. There a list or tuple is handed to f as several arguments.
+        vecs, create_graph, distribution, generator: see `jac_reg`. Under `torch.no_grad()` it is the value alone.
+
+    Returns:
+        A scalar, in at least float32.
+
+    Raises:
+        TypeError: deq is not a module.
+        ValueError: see `jac_reg`.
+
+    Example:
+        >>> from torchdeq import DEQ
+        >>> _ = torch.manual_seed(0)
+        >>> layer, x, deq = torch.nn.Linear(8, 8), torch.randn(4, 8), DEQ()
+        >>> f = lambda z: torch.tanh(0.5 * layer(z) + x)
+        >>> z, _ = deq(f, torch.zeros(4, 8))
+        >>> loss = z.square().mean() + 0.1 * deq_jac_loss(deq, f, z)
+        >>> loss.backward()
+    """
+    if not isinstance(deq, nn.Module):
+        raise TypeError(
+            f"deq_jac_loss(deq, f, z): deq is a {type(deq).__name__}; expected the module that solved for z, a DEQ or "
+            f"one that get_deq made. For a map without one: z = z.detach().requires_grad_(); jac_reg(f(z), z)."
+        )
+    while not hasattr(deq, "stateful") and isinstance(inner := getattr(deq, "module", None), nn.Module):
+        deq = inner  # as DistributedDataParallel wraps it
+    f = f.linear if isinstance(f, AffineMap) else f
+    held = hold(f, getattr(deq, "stateful", None))
+    release(held)  # from here on an evaluation changes no buffer
+    several = isinstance(z, tuple | list) and not hasattr(
+        deq, "stateful"
+    )  # 0.1.0 hands over a tuple state so
+    track = create_graph and torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = optree.tree_map(lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, z)
+        noise = getattr(deq, "last_noise", None)
+        with noise.again() if noise is not None else nullcontext():
+            image = held(*at) if several else held(at)
+        return jac_reg(image, at, vecs, track, distribution=distribution, generator=generator)
+
+
 def _squared_norm(images: list[Tensor], states: list[Tensor], v: list[Tensor], create_graph: bool) -> Tensor:
     """‖Jᵀv‖², summed in at least float32: half precision overflows at 65504."""
-    tracked = [(image, probe) for image, probe in zip(images, v, strict=True) if image.requires_grad]
-    outputs, probes = zip(*tracked, strict=True)  # rows of J that belong to the others are zero
-    products = torch.autograd.grad(
-        outputs, states, probes, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
-    if all(product is None for product in products):
-        raise ValueError(
-            "jac_reg(f0, z0): f0 was not computed from z0, so ∂f0/∂z0 is not there to be measured. Evaluate f at the "
-            "very tensor you give: z = z.detach().requires_grad_(); jac_reg(f(z), z)."
-        )
+    products = vjp(images, states, v, "jac_reg", create_graph=create_graph)
     real = [torch.view_as_real(p) if p.is_complex() else p for p in products if p is not None]
     norms = [p.to(torch.promote_types(p.dtype, torch.float32)).square().sum() for p in real]
     return sum(norms[1:], norms[0])
@@ -96,32 +156,3 @@ def _probe(z: Tensor, distribution: Distribution, generator: torch.Generator | N
         v = torch.randint(0, 2, shape, generator=generator, device=z.device).to(wide) * 2 - 1
     v = v.to(real)
     return torch.view_as_complex(v) if z.is_complex() else v
-
-
-def _checked(f0: Tree, z0: Tree) -> tuple[list[Tensor], list[Tensor]]:
-    """The leaves of f0 and z0, which must fit."""
-    images, states = optree.tree_leaves(f0), optree.tree_leaves(z0)
-    for name, leaves in (("f0", images), ("z0", states)):
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor):
-                raise ValueError(
-                    f"jac_reg(f0, z0): {name} holds a {type(leaf).__name__}. f0 is the value f(z0), not the function: "
-                    f"jac_reg(f(z), z)."
-                )
-    shapes = [tuple(leaf.shape) for leaf in images], [tuple(leaf.shape) for leaf in states]
-    if shapes[0] != shapes[1] or not states:
-        raise ValueError(
-            f"jac_reg(f0, z0): f0 has the shapes {shapes[0]} and z0 has {shapes[1]}. Give f(z) and z, with at least "
-            f"one tensor in them."
-        )
-    if not all(z.requires_grad for z in states):
-        raise ValueError(
-            "jac_reg(f0, z0): z0 does not require a gradient, so ∂f0/∂z0 was not recorded. Evaluate f once more with "
-            "one: z = z.detach().requires_grad_(); jac_reg(f(z), z)."
-        )
-    if not any(image.requires_grad for image in images):
-        raise ValueError(
-            "jac_reg(f0, z0): f0 has no graph. It was computed under torch.no_grad(), or by an f that detaches its "
-            "argument; evaluate f under grad mode."
-        )
-    return images, states

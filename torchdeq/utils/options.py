@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchdeq._suggest import did_you_mean
+from torchdeq.solver.registry import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Option:
     def in_signature(self) -> Any:
         """The default in a DEQ class's signature, where it differs from the flag's."""
         return self.default if self.signature_default is ... else self.signature_default
+
+    @property
+    def group(self) -> str:
+        """The heading in `--help`."""
+        if self.where == "base":
+            return "torchdeq: solvers"
+        if self.name.startswith(("norm_", "sn_")):
+            return "torchdeq: normalisation"
+        return "torchdeq: training"
 
 
 OPTIONS = (
@@ -112,8 +122,17 @@ NAMES = tuple(option.name for option in OPTIONS)
 def add_deq_args(parser: argparse.ArgumentParser) -> None:
     """Add the options of torchdeq to a command-line parser, under the names and defaults of 0.1.0.
 
+    `--help` shows them in groups of their own, with their defaults. They are read by `get_deq(args)` and
+    `apply_norm(model, args=args)`; those of training and monitoring are for the program to read.
+
     Arguments:
-        parser: an `argparse.ArgumentParser`.
+        parser: an `argparse.ArgumentParser`, or a group of one.
+
+    Raises:
+        argparse.ArgumentError: the parser has some of the flags already; nothing is added then. A parser made with
+            `conflict_handler='resolve'` has them replaced.
+
+    Where 0.1.0 accepts four names for `--b_solver`, it may be any that is registered when the command line is read.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -122,18 +141,46 @@ def add_deq_args(parser: argparse.ArgumentParser) -> None:
         >>> args.f_solver, args.ift, args.f_max_iter
         ('anderson', True, 40)
     """
-    for option in OPTIONS:
-        flag = f"--{option.name}"
-        if option.name == "no_stat":  # 0.1.0 has it in the classes but not on the command line
-            continue
-        if option.kind is bool:
-            parser.add_argument(flag, action="store_true", help=option.help)
-        elif option.many:
-            parser.add_argument(
-                flag, type=option.kind, nargs="+", default=list(option.default), help=option.help
-            )
-        else:
-            parser.add_argument(flag, type=option.kind, default=option.default, help=option.help)
+    shown = [option for option in OPTIONS if option.name != "no_stat"]  # which 0.1.0 has in the classes only
+    there = getattr(parser, "_option_string_actions", {})
+    taken = [f"--{option.name}" for option in shown if f"--{option.name}" in there]
+    if taken and parser.conflict_handler != "resolve":
+        raise argparse.ArgumentError(
+            None,
+            f"add_deq_args: the parser already has {', '.join(taken)}. Call add_deq_args once, give the program's own "
+            f"options other names, or make the parser with conflict_handler='resolve' to have them replaced.",
+        )
+    groups: dict[str, Any] = {}
+    for option in shown:
+        if option.group not in groups:
+            whole = isinstance(parser, argparse.ArgumentParser)
+            groups[option.group] = parser.add_argument_group(option.group) if whole else parser
+        _add(groups[option.group], option)
+
+
+def _add(group: Any, option: Option) -> None:
+    """Add the flag of one option."""
+    flag, text = f"--{option.name}", option.help.replace("%", "%%")
+    if option.kind is bool:
+        group.add_argument(flag, action="store_true", help=text)
+        return
+    kind: Any = _registered_solver if option.name == "b_solver" else option.kind
+    shown = " ".join(map(str, option.default)) if option.many else option.default
+    text += f" (default: {shown if shown != '' else 'none'})"
+    meta = {int: "N", float: "X", str: "NAME"}[option.kind]
+    if option.many:
+        group.add_argument(flag, type=kind, nargs="+", metavar=meta, default=list(option.default), help=text)
+    else:
+        group.add_argument(flag, type=kind, metavar=meta, default=option.default, help=text)
+
+
+def _registered_solver(name: str) -> str:
+    """The name of a solver, as argparse reads it."""
+    if name not in SOLVERS:
+        raise argparse.ArgumentTypeError(
+            f"there is no solver {name!r}.{did_you_mean(name, SOLVERS)} Registered are {', '.join(SOLVERS)}"
+        )
+    return name
 
 
 def check_keywords(keywords: Mapping[str, Any], known: tuple[str, ...], call: str) -> None:

@@ -1,0 +1,109 @@
+"""The leading eigenvalue of the Jacobian of f, and the spectral radius, per sample."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.problems import F64, TanhMap
+from torchdeq import get_deq
+from torchdeq.diagnostics import leading_eigenvalue, spectral_radius
+
+TURN = 0.9 * torch.tensor([[0.5, -math.sqrt(0.75)], [math.sqrt(0.75), 0.5]], dtype=F64)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_spectral_radius_where_a_rayleigh_quotient_fails() -> None:
+    """0.1.0's power method says .33 or .45 for a complex pair of modulus .9, and NaN for J = 0."""
+    z = torch.zeros(2, 2, dtype=F64)
+    assert torch.allclose(spectral_radius(lambda z: z @ TURN.T, z), torch.full((2,), 0.9, dtype=F64))
+    assert torch.equal(spectral_radius(lambda z: 0 * z, z), torch.zeros(2, dtype=F64))
+    assert torch.equal(spectral_radius(lambda z: torch.ones_like(z), z), torch.zeros(2, dtype=F64))
+
+
+def test_each_sample_has_its_own() -> None:
+    f = TanhMap.make(n=20, batch=3, gain=1.3)
+    at = torch.randn(3, 20, dtype=F64, generator=seeded())
+    jacobian = torch.autograd.functional.jacobian
+    exact = torch.stack(
+        [
+            torch.linalg.eigvals(jacobian(lambda v, x=x: torch.tanh(f.w @ v + x), v)).abs().max()
+            for v, x in zip(at, f.x.detach(), strict=True)
+        ]
+    )
+    assert torch.allclose(spectral_radius(f, at, steps=20), exact, rtol=1e-8)
+
+
+def test_the_eigenvalue_comes_with_its_place_and_an_error() -> None:
+    found = leading_eigenvalue(lambda z: z @ TURN.T, torch.zeros(3, 2, dtype=F64))
+    assert torch.allclose(found.value.real, torch.full((3,), 0.45, dtype=F64))
+    assert torch.allclose(found.value.imag.abs(), torch.full((3,), 0.9 * math.sqrt(0.75), dtype=F64))
+    assert (found.error < 1e-13).all()
+    assert found.products == 2
+
+
+def test_few_products_say_that_they_were_too_few() -> None:
+    values = torch.linspace(-0.9, 0.95, 100, dtype=F64)
+    few, many = (
+        leading_eigenvalue(
+            lambda z: values * z, torch.ones(1, 100, dtype=F64), steps=steps, generator=seeded()
+        )
+        for steps in (5, 60)
+    )
+    assert few.error > 0.05
+    assert (few.value - 0.95).abs() <= few.error
+    assert many.error < 1e-4
+    assert (many.value - 0.95).abs() <= many.error
+
+
+def test_samples_that_f_couples_are_one_system() -> None:
+    a = torch.tensor([[0.0, 0.8], [0.5, 0.0]], dtype=F64)
+    z = torch.zeros(2, 3, dtype=F64)
+    radius = spectral_radius(lambda z: a @ z, z, batch_dims=0)
+    assert torch.allclose(radius, torch.tensor([math.sqrt(0.4)], dtype=F64))
+
+
+def test_a_nested_and_an_empty_state() -> None:
+    state = {"u": torch.zeros(2, 3), "v": torch.zeros(2, 3)}
+    radius = spectral_radius(lambda s: {"u": 0.4 * s["v"], "v": 0.9 * s["u"]}, state)
+    assert torch.allclose(radius, torch.full((2,), 0.6))
+    assert spectral_radius(torch.cos, torch.zeros(0, 3)).shape == (0,)
+
+
+def test_under_autocast_only_f_is_in_half_precision() -> None:
+    a = 0.5 * torch.linalg.qr(torch.randn(64, 64, generator=seeded())).Q
+
+    def f(z: Tensor) -> Tensor:
+        return (z @ a.T).float()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        radius = spectral_radius(f, torch.zeros(4, 64), steps=64)
+    assert torch.allclose(radius, torch.full((4,), 0.5), rtol=0.01)  # bfloat16 has eight bits
+
+
+def test_without_grad_mode_it_is_the_same() -> None:
+    with torch.no_grad():
+        radius = spectral_radius(lambda z: z @ TURN.T, torch.zeros(1, 2, dtype=F64))
+    assert radius.item() == pytest.approx(0.9)
+
+
+def test_get_deq_reports_it_in_eval_mode() -> None:
+    f = TanhMap.make(n=10, batch=3, gain=0.8)
+    states, info = get_deq(f_tol=1e-8, f_max_iter=200).eval()(
+        f, torch.zeros(3, 10, dtype=F64), sradius_mode=True
+    )
+    exact = torch.linalg.eigvals((1 - states[-1].square())[:, :, None] * f.w).abs().amax(dim=1)
+    assert torch.allclose(info["sradius"], exact, rtol=1e-6)
+
+
+def test_what_it_cannot_use_is_said() -> None:
+    with pytest.raises(ValueError, match=r"spectral_radius\(steps=0\).*at least 1"):
+        spectral_radius(torch.cos, torch.zeros(1, 2), steps=0)
+    with pytest.raises(ValueError, match=r"leading_eigenvalue\(m=2\).*at least 8"):
+        leading_eigenvalue(torch.cos, torch.zeros(1, 2), m=2)
