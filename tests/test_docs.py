@@ -30,7 +30,7 @@ from torchdeq.utils.options import OPTIONS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-PACKAGES = ["", ".solver", ".grad", ".core", ".dropout", ".utils", ".diagnostics", ".loss"]
+PACKAGES = ["", ".solver", ".grad", ".core", ".norm", ".dropout", ".utils", ".diagnostics", ".loss"]
 PUBLIC = [
     f"torchdeq{package}.{name}"
     for package in PACKAGES

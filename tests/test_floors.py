@@ -22,6 +22,8 @@ FLOORS = {
     "torchdeq._replay": 0,
     "torchdeq._ritz": 0,
     "torchdeq._modes": 0,
+    "torchdeq._buffers": 0,
+    "torchdeq._weights": 0,
     "torchdeq._held": 0,
     "torchdeq._suggest": 0,
     "torchdeq._method": 0,

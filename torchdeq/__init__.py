@@ -34,6 +34,15 @@ from torchdeq.grad import (
 )
 from torchdeq.implicit import implicit_minimum, implicit_root
 from torchdeq.loss import deq_jac_loss, fp_correction, jac_reg, power_method, register_weight_func
+from torchdeq.norm import (
+    SpectralNorm,
+    WeightNorm,
+    apply_norm,
+    register_norm,
+    register_norm_module,
+    remove_norm,
+    reset_norm,
+)
 from torchdeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution, Status
 from torchdeq.solver import (
     CG,
@@ -101,6 +110,7 @@ __all__ = [
     "Solution",
     "Solver",
     "SolverModule",
+    "SpectralNorm",
     "Status",
     "TruncatedCycle",
     "Unroll",
@@ -111,7 +121,9 @@ __all__ = [
     "VariationalDropout1d",
     "VariationalDropout2d",
     "VariationalDropout3d",
+    "WeightNorm",
     "add_deq_args",
+    "apply_norm",
     "as_grad",
     "as_solver",
     "backward_factory",
@@ -127,9 +139,13 @@ __all__ = [
     "mixed_init",
     "power_method",
     "register_deq",
+    "register_norm",
+    "register_norm_module",
     "register_solver",
     "register_weight_func",
+    "remove_norm",
     "reset_deq",
     "reset_dropout",
+    "reset_norm",
     "solver_stat_from_final_step",
 ]

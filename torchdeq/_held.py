@@ -6,8 +6,7 @@ A module in training mode changes its buffers as it is evaluated: the running st
 vectors of spectral normalisation. Left to itself, f would be another map at each evaluation, and a solve of thirty
 would count as thirty batches. Here each evaluation gets a copy of s₀ of its own, and what the last of the solve made
 of it is what stays: one update for one solve. An evaluation after the solve, as in a backward pass, changes nothing.
-
-Copies, rather than writing s₀ back: what an evaluation has saved for its backward pass is never written to.
+`torchdeq._buffers` makes the copies. Parametrized weights are evaluated from s₀ too, by `torchdeq._weights`.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 from torch.nn.utils import parametrize
 
+from torchdeq._buffers import Buffer, Change, Loan, buffers_of, changed
+from torchdeq._modes import in_transform
 from torchdeq._replay import RandomState
+from torchdeq._weights import Weights, lists_in
 
 _FEW = 100  # a longer container holds data rather than modules, and would take time at each solve
 
@@ -44,15 +45,29 @@ def hold(
     """
     if isinstance(f, Held):
         return f
-    buffers = list(_buffers_of(modules_of(f) if modules is None else modules))
-    needed = buffers or noise is not None or parametrize._cache_enabled
-    return Held(f, buffers, noise) if needed else f
+    outer = modules_of(f) if modules is None else modules
+    inside = list(dict.fromkeys(inner for module in outer for inner in module.modules()))
+    lists = lists_in(inside)
+    if not in_transform():
+        for one in lists:
+            one.prepare()
+    buffers = buffers_of(inside)
+    needed = buffers or lists or noise is not None or parametrize._cache_enabled
+    return Held(f, buffers, Weights(lists, buffers), noise) if needed else f
 
 
 def release(f: Callable[..., Any]) -> None:
     """The solve is over: the buffers take what its last evaluation made of them; later evaluations change nothing."""
     if isinstance(f, Held):
         f.release()
+
+
+def sharing(f: Callable[..., Any]) -> AbstractContextManager[None]:
+    """For a solver or a gradient method at work: within, each parametrized weight of f is evaluated once.
+
+    Once for all evaluations without a graph, and once for all that have one.
+    """
+    return f.weights.shared() if isinstance(f, Held) and f.weights.of else nullcontext()
 
 
 def draws_noise(
@@ -73,42 +88,63 @@ class Held:
     Arguments:
         f: the map.
         buffers: the buffers that it may change.
+        weights: its parametrized weights.
         noise: see `hold`.
     """
 
-    def __init__(self, f: Callable[..., Any], buffers: list[Buffer], noise: torch.device | None):
+    def __init__(
+        self, f: Callable[..., Any], buffers: list[Buffer], weights: Weights, noise: torch.device | None
+    ):
         self.f = f
         self.__wrapped__ = getattr(f, "forward", f)  # the signature is that of f
         self.buffers = buffers
+        self.weights = weights
         self.noise = noise
         self.fresh = True
         self.open = True
         self._random: RandomState | None = None
-        self._weights: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._same_noise(), self._own_weights():
+        with ExitStack() as stack:
+            stack.enter_context(self._same_noise())
+            if parametrize._cache_enabled and not torch.is_grad_enabled():
+                stack.enter_context(self._own_cache())
+            if self.weights.of:
+                stack.enter_context(self.weights.at_work())
             for buffer in self.buffers:
-                buffer.lend()
+                buffer.lent = Loan(buffer)
             try:
                 out = self.f(*args, **kwargs)
             finally:
-                for buffer in self.buffers:
-                    buffer.take_back()
+                ended = [buffer.take_back() for buffer in self.buffers]
         if self.fresh:
-            self.buffers = _changed(self.buffers)
+            self.buffers = changed(ended)
             self.fresh = False
         if self.open:
-            for buffer in self.buffers:
-                buffer.last = buffer.returned
+            self._note(ended)
         return out
+
+    def _note(self, ended: list[tuple[Loan, Change]]) -> None:
+        """What stays of the buffers, if this was the last evaluation of the solve."""
+        kept = {id(buffer) for buffer in self.buffers}
+        inner = {id(buffer) for buffer in self.weights.buffers} if self.weights.of else ()
+        for loan, change in ended:
+            buffer = loan.buffer
+            # Where a weight was there already nothing is written, which does not undo what its evaluation wrote.
+            if id(buffer) in kept and (change.certain or id(buffer) not in inner):
+                buffer.last = change
 
     def release(self) -> None:
         """See `release`."""
         if self.open:
-            self.open = False
-            self._weights = {}
-            for buffer in self.buffers:
+            self.open = self.weights.open = False
+            self._cache = {}
+            inner = self.weights.buffers
+            for buffer in inner:
+                if buffer.last is None:  # evaluated by a solve around this one, which has yet to settle
+                    buffer.start = buffer.start.clone()
+            for buffer in {id(b): b for b in (*self.buffers, *inner)}.values():
                 buffer.settle()
 
     def _same_noise(self) -> AbstractContextManager[None]:
@@ -120,13 +156,13 @@ class Held:
         return self._random.again()
 
     @contextmanager
-    def _own_weights(self) -> Iterator[None]:
+    def _own_cache(self) -> Iterator[None]:
         """Within `parametrize.cached()`: weights computed without a graph are not left to calls that need theirs."""
-        if not parametrize._cache_enabled or torch.is_grad_enabled():
-            yield
-            return
         outer = parametrize._cache
-        parametrize._cache = self._weights
+        for key, weight in outer.items():  # a weight that is there already is the one that all have
+            if weight is not None:
+                self._cache.setdefault(key, weight.detach())
+        parametrize._cache = self._cache
         try:
             yield
         finally:
@@ -134,59 +170,6 @@ class Held:
 
     def __repr__(self) -> str:
         return f"Held({self.f!r})"
-
-
-class Buffer:
-    """One buffer, in all the places that modules keep it.
-
-    Arguments:
-        tensor: the buffer.
-    """
-
-    def __init__(self, tensor: Tensor):
-        self.start = tensor  # until `settle`, the user's own tensor, which nothing writes to
-        self.places: list[tuple[nn.Module, str]] = []
-        self.last: tuple[Tensor | None, bool, bool] | None = None
-
-    def lend(self) -> None:
-        """Put a copy of the start where modules look."""
-        self.copy = self.start.clone()
-        self.before = _version(self.copy)
-        self.users = [module._buffers[name] for module, name in self.places]
-        for module, name in self.places:
-            module._buffers[name] = self.copy
-
-    def take_back(self) -> None:
-        """Note what f has made of the copy and put the user's tensor in its place again."""
-        module, name = self.places[0]
-        found = module._buffers.get(name)
-        written = self.before is None or _version(self.copy) != self.before
-        self.returned = (found, found is not self.copy, written)
-        for (module, name), tensor in zip(self.places, self.users, strict=True):
-            module._buffers[name] = tensor
-
-    def surely(self) -> bool:
-        """Whether f has changed the buffer for all to see: put another in its place, or made a new version."""
-        _, other, written = self.returned
-        return other or written
-
-    def perhaps(self) -> bool:
-        """Whether it takes the values to know."""
-        return not self.surely() and self.copy.layout == torch.strided
-
-    def settle(self) -> None:
-        """Give the user's tensor its new value; keep the old one for later evaluations."""
-        if self.last is None:
-            return
-        (found, other, written), users = self.last, self.start
-        self.start = users.clone()
-        if other:  # f puts another tensor in its place
-            for module, name in self.places:
-                module._buffers[name] = found
-        elif found is not None:
-            with torch.no_grad():
-                # A new version exactly if f makes one: to a graph of the user's, one call of f has been made.
-                (users if written else users.data).copy_(found)
 
 
 def modules_of(f: Callable[..., Any]) -> list[nn.Module]:
@@ -244,40 +227,3 @@ def _named_in(f: types.FunctionType) -> Iterator[Any]:
             isinstance(value, types.FunctionType) and value.__module__ == f.__module__
         ):
             yield value
-
-
-def _buffers_of(modules: Iterable[nn.Module]) -> Iterable[Buffer]:
-    """The buffers of modules in training mode, each once."""
-    found: dict[int, Buffer] = {}
-    for module in dict.fromkeys(inner for outer in modules for inner in outer.modules()):
-        if not module.training:
-            continue
-        for name, tensor in module._buffers.items():
-            if tensor is not None and not is_lazy(tensor):
-                found.setdefault(id(tensor), Buffer(tensor)).places.append((module, name))
-    return found.values()
-
-
-def _changed(buffers: list[Buffer]) -> list[Buffer]:
-    """The buffers that f changes, as its first evaluation shows. The device is waited for once, if values must tell.
-
-    Batch normalisation writes its statistics without a new version, and at z = 0 it writes the mean that was there. So
-    a buffer goes with one of its module that has the same shape and was written in that way.
-    """
-    open_ones = [buffer for buffer in buffers if buffer.perhaps()]
-    differ = [(buffer.copy != buffer.start).any().to(open_ones[0].copy.device) for buffer in open_ones]
-    silent = {
-        (module, buffer.start.shape)
-        for buffer, differs in zip(open_ones, torch.stack(differ).tolist() if differ else (), strict=True)
-        if differs
-        for module, _ in buffer.places
-    }
-    return [
-        buffer
-        for buffer in buffers
-        if buffer.surely() or any((module, buffer.start.shape) in silent for module, _ in buffer.places)
-    ]
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

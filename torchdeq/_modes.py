@@ -46,6 +46,16 @@ def in_transform() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work: code that runs now is a backward pass, or makes something again for one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saves_elsewhere() -> bool:
+    """Whether what is saved for a backward pass goes through hooks, as it does within a checkpoint."""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def refuse_transforms(what: Callable[[], str]) -> None:
     """Raise if a transform of torch.func is at work, and name the function that allows them.
 

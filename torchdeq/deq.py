@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from torchdeq._held import draws_noise, hold, release
+from torchdeq._held import draws_noise, hold, release, sharing
 from torchdeq._method import Method
 from torchdeq._modes import in_dual_level, one_batch, refuse_transforms
 from torchdeq._replay import RandomState
@@ -252,16 +252,19 @@ def solve_and_attach(
     flat = flatten_map(dataclasses.replace(f, linear=held) if isinstance(f, AffineMap) else held, layout)
     with one_batch():
         if torch.is_grad_enabled() or in_dual_level():
-            last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
+            with sharing(held):
+                last, solution = methods[-1](flat, start, solver, record=record, on_backward=on_backward)
             if ours:
                 release(held)  # what stays is the update at the solution, not one at a recorded state
             states: list[Tensor] = []
             for method, z in zip(methods[:-1], solution.states, strict=True):
-                states += method.attach(flat, z, on_backward=on_backward)
+                with sharing(held):  # a graph of the weights for each, to be differentiated apart
+                    states += method.attach(flat, z, on_backward=on_backward)
             states += last
         else:
             refuse_transforms(lambda: "DEQ")
-            z, solution = methods[-1].without_grad(flat, start, solver, record=record)
+            with sharing(held):
+                z, solution = methods[-1].without_grad(flat, start, solver, record=record)
             if ours:
                 release(held)
             states = [*solution.states, z]

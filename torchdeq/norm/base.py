@@ -1,0 +1,123 @@
+"""What the normalisations share: a weight is a direction times a factor, which may be learned and may be clipped.
+
+    W = v · min(c, g / ‖v‖),   c the clip value, g the scale: learned, or the target norm.
+
+They are parametrizations in the sense of `torch.nn.utils.parametrize`: W is computed from v and g whenever it is read,
+so it is never out of date. Within a solve of `DEQ` it is computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from torchdeq._replay import AutocastState
+
+_HALF = (torch.float16, torch.bfloat16)
+Target = tuple[str | list[str], int | list[int]] | None
+
+
+def usual_targets() -> dict[type[nn.Module], Target]:
+    """The layers that are normalised: the name of the weight, and the dimension of its outputs."""
+    return {
+        nn.Linear: ("weight", 0),
+        nn.Conv1d: ("weight", 0),
+        nn.Conv2d: ("weight", 0),
+        nn.Conv3d: ("weight", 0),
+        nn.ConvTranspose1d: ("weight", 1),
+        nn.ConvTranspose2d: ("weight", 1),
+        nn.ConvTranspose3d: ("weight", 1),
+        # A Linear inside torch.nn.MultiheadAttention, whose other weights are not normalised either.
+        NonDynamicallyQuantizableLinear: None,
+    }
+
+
+class Norm(nn.Module):
+    """A normalisation of one weight.
+
+    Arguments:
+        dim: the dimension of the weight that counts its outputs.
+        learn_scale: whether g is a parameter. Otherwise it is `target_norm`.
+        target_norm: g, where it is not learned, above 0.
+        clip: whether the factor is at most `clip_value`, so that weights are only ever scaled down to so much.
+        clip_value: c, above 0.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    #: Which layers `apply_norm` normalises. `register_norm_module` adds to it. None: not this class of them.
+    _target_modules: ClassVar[dict[type[nn.Module], Target]] = {}
+    #: The options, as keywords.
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "learn_scale": True,
+        "target_norm": 1.0,
+        "clip": False,
+        "clip_value": 1.0,
+    }
+
+    def __init__(
+        self,
+        dim: int = 0,
+        learn_scale: bool = True,
+        target_norm: float = 1.0,
+        clip: bool = False,
+        clip_value: float = 1.0,
+    ):
+        super().__init__()
+        self.dim = dim
+        self.learn_scale = bool(learn_scale)
+        self.target_norm, self.clip, self.clip_value = float(target_norm), bool(clip), float(clip_value)
+        for name in ("target_norm", "clip_value"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{self!r}: {name} must be positive and finite.")
+
+    @classmethod
+    def made_for(cls, weight: Tensor, dim: int, **options: Any) -> Norm:
+        """The normalisation of this weight."""
+        return cls(dim=dim, **options)
+
+    def originals(self, weight: nn.Parameter) -> tuple[nn.Parameter, ...]:
+        """The parameters from which the weight is computed, `weight` itself the last of them."""
+        return (weight,)
+
+    def parts(self) -> dict[str, str]:
+        """What checkpoints of 0.1.0 call `weight_…`: where it is found from the list of parametrizations."""
+        raise NotImplementedError(f"{type(self).__name__} must define parts.")
+
+    def factor(self, g: Tensor | None, size: Tensor) -> Tensor:
+        """min(c, g / size). For g None it is the target norm; in the precision of size."""
+        factor = self.target_norm / size if g is None else g.to(size.dtype) / size
+        return factor.clamp(max=self.clip_value) if self.clip else factor
+
+    @property
+    def _spare(self) -> float:
+        """The largest factor that is at most 1, in which a given weight can be written."""
+        return min(self.clip_value, 1.0) if self.clip else 1.0
+
+    def options(self) -> dict[str, Any]:
+        """All options and the dimension, by name."""
+        return {"dim": self.dim, **{name: getattr(self, name) for name in self.OPTIONS}}
+
+    def extra_repr(self) -> str:
+        """The options that are not the default ones, for printing."""
+        plain = {"dim": 0, **self.OPTIONS}
+        return ", ".join(
+            f"{name}={value!r}"
+            for name in plain
+            if (value := getattr(self, name, plain[name])) != plain[name]
+        )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32, where sums of squares do not overflow."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def without_autocast(tensor: Tensor) -> Any:
+    """A context without autocast, which would turn products into half precision."""
+    return AutocastState.capture(tensor.device).off()

@@ -1,0 +1,346 @@
+"""0.1.0's functions: `apply_norm` finds the layers of a model and gives them a normalisation. Translation only."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from torchdeq._suggest import did_you_mean
+from torchdeq.norm.base import Norm
+from torchdeq.norm.lists import NormedList, at_rest
+from torchdeq.norm.modules import attach, detach, lists_of, parametrizations_of
+from torchdeq.norm.spectral_norm import SpectralNorm
+from torchdeq.norm.weight_norm import WeightNorm
+from torchdeq.utils.config import DEQConfig
+from torchdeq.utils.options import NAMES, check_keywords, warn_near_misses
+
+#: Normalisations by name. `register_norm` adds to them.
+NORMS: dict[str, Any] = {"weight_norm": WeightNorm, "spectral_norm": SpectralNorm}
+
+#: The keys of a configuration, and the options they stand for.
+_KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "norm_no_scale": ("learn_scale", lambda no_scale: not no_scale),
+    "norm_target_norm": ("target_norm", float),
+    "norm_clip": ("clip", bool),
+    "norm_clip_value": ("clip_value", float),
+    "sn_n_power_iters": ("n_power_iterations", int),
+}
+_Place = tuple[nn.Module, str, int]
+
+
+def _type_from_args(function: Callable[..., None]) -> Callable[..., None]:
+    """Take norm_type from `args` where it is not given by itself, be it as the default."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*positional: Any, **keywords: Any) -> None:
+        given = signature.bind(*positional, **keywords).arguments
+        if "norm_type" not in given:
+            default = signature.parameters["norm_type"].default
+            keywords["norm_type"] = DEQConfig(given.get("args")).get("norm_type", default)
+        return function(*positional, **keywords)
+
+    return call
+
+
+@_type_from_args
+def apply_norm(
+    model: nn.Module,
+    norm_type: str = "weight_norm",
+    prefix_filter_out: str | list[str] | None = None,
+    filter_out: str | list[str] | None = None,
+    args: Any = None,
+    **norm_kwargs: Any,
+) -> None:
+    """Normalise the weights of the linear and convolutional layers of a model.
+
+    The weight becomes a function of new parameters: `weight_g` and `weight_v` for 'weight_norm' (v is the parameter
+    that was there), `weight_orig` and `weight_g` for 'spectral_norm'. It is computed whenever it is read, in a solve of
+    `DEQ` or `get_deq` once. Make the optimiser afterwards, as there are more parameters.
+
+    Arguments:
+        model: a module; classes derived from the layers count too. Layers that share one parameter share its
+            normalisation.
+        norm_type: 'weight_norm', 'spectral_norm', a registered name, or 'none', which does nothing.
+        prefix_filter_out: leave out the modules whose name begins with this, or with one of these.
+        filter_out: leave out the modules whose name contains this, or one of these.
+        args: options in a Namespace, a mapping, a `DEQConfig` or any object with attributes: norm_type, norm_no_scale,
+            norm_target_norm, norm_clip, norm_clip_value, sn_n_power_iters. What is given by itself wins over them.
+        **norm_kwargs: learn_scale, target_norm, clip, clip_value; for 'spectral_norm' also n_power_iterations and eps.
+            See `WeightNorm` and `SpectralNorm`. With both `names` and `dims`, these are the weights of each layer to be
+            normalised, and the dimension of their outputs.
+
+    Raises:
+        ValueError: the name is not registered; a layer is normalised already, is lazy and has no weight yet, shares its
+            weight with one that counts outputs along another dimension, or has a weight without a direction.
+        TypeError: there is no such option; the nearest is named.
+
+    A weight can be set, `layer.weight = t`, and initialised in place, `torch.nn.init.normal_(layer.weight)`: that is
+    noticed when it is read for the next time, or a solve begins, outside of compiled code. What is written through
+    `.data` cannot be seen and is lost. For that the last value read outside a solve is kept in memory.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> apply_norm(layer, 'spectral_norm', target_norm=0.9)
+        >>> sorted(layer.state_dict())
+        ['bias', 'weight_g', 'weight_orig', 'weight_u', 'weight_v']
+    """
+    config = DEQConfig(args)
+    warn_near_misses(config.config, NAMES)
+    if norm_type == "none":
+        return
+    norm_class = _registered(norm_type)
+    native = isinstance(norm_class, type) and issubclass(norm_class, Norm)
+    modules = list(_chosen(model, prefix_filter_out, filter_out))
+    if native:
+        done = _normalise(model, modules, norm_class, _options(norm_class, norm_type, config, norm_kwargs))
+    else:
+        config.update(**norm_kwargs)
+        done = 0
+        for module in modules:
+            if type(module) in norm_class._target_modules:
+                own: Any = module
+                own._deq_norm = norm_class.apply(module, deq_args=config, **norm_kwargs)
+                done += 1
+    if not done:
+        warnings.warn(
+            f"apply_norm({type(model).__name__}, {norm_type!r}) found no layer to normalise. It looks for "
+            f"{', '.join(cls.__name__ for cls, target in norm_class._target_modules.items() if target)}; "
+            f"register_norm_module adds others, and the filters leave some out.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def reset_norm(model: torch.nn.Module) -> None:
+    """Begin a new training step. 0.1.0 computed the weights here; now they are whenever they are read.
+
+    For 'weight_norm' and 'spectral_norm' there is nothing to do, and it need not be called: a solve in training mode
+    makes the power iterations that this call made. Normalisations of your own that compute theirs here, do.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> apply_norm(layer)
+        >>> reset_norm(layer)
+    """
+    for module in model.modules():
+        for one in lists_of(module).values():
+            one.prepare()
+        if hasattr(module, "_deq_norm"):
+            norm: Any = module._deq_norm
+            norm(module)
+
+
+def remove_norm(model: nn.Module) -> None:
+    """Make the weights plain parameters again, with the values that they have.
+
+    The parameters are new ones. A parametrization that was put on the normalised weight, or beneath it, is made a part
+    of the values too.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> apply_norm(layer, 'spectral_norm')
+        >>> remove_norm(layer)
+        >>> sorted(name for name, _ in layer.named_parameters())
+        ['bias', 'weight']
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, one in lists_of(module).items():
+            if id(one) not in made:
+                made[id(one)] = nn.Parameter(one.final(), one.weight.requires_grad)
+            detach(module, name, made[id(one)])
+        if parametrize.is_parametrized(module):
+            inner: list[tuple[str, Any]] = list(parametrizations_of(module).items())
+            for name, others in inner:
+                if any(isinstance(p, Norm) for p in others):
+                    with at_rest(others):
+                        parametrize.remove_parametrizations(module, name)
+        if hasattr(module, "_deq_norm"):
+            norm: Any = module._deq_norm
+            norm.remove(module)
+            del module._deq_norm
+
+
+def register_norm(norm_type: str, norm_class: Any) -> None:
+    """Make a normalisation of your own known to `apply_norm`.
+
+    Arguments:
+        norm_type: its name.
+        norm_class: a class with a dictionary `_target_modules`, from classes of modules to (name of the weight,
+            dimension), and a class method `apply(module, deq_args=..., **norm_kwargs)`. What that returns is called
+            with the module by `reset_norm`, and its `remove(module)` by `remove_norm`. Or a class derived from
+            `WeightNorm` or `SpectralNorm`.
+
+    Example:
+        >>> class Unit(WeightNorm):
+        ...     _target_modules = {torch.nn.Linear: ('weight', 1)}
+        >>> register_norm('unit', Unit)
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> apply_norm(layer, 'unit', learn_scale=False)
+        >>> [round(size, 4) for size in layer.weight.norm(dim=0).tolist()]
+        [1.0, 1.0, 1.0]
+        >>> del NORMS['unit']
+    """
+    NORMS[norm_type] = norm_class
+
+
+def register_norm_module(
+    module_class: type[nn.Module],
+    norm_type: str,
+    names: str | list[str] = "weight",
+    dims: int | list[int] = 0,
+) -> None:
+    """Add a class of modules to those that `apply_norm` normalises.
+
+    Arguments:
+        module_class: the class.
+        norm_type: the name of the normalisation.
+        names: the parameters to normalise, one or several.
+        dims: the dimension that counts outputs, one for each name.
+
+    Raises:
+        ValueError: the name is not registered; names and dims are not equally many.
+
+    Example:
+        >>> register_norm_module(torch.nn.Bilinear, 'weight_norm')
+        >>> layer = torch.nn.Bilinear(2, 2, 2)
+        >>> apply_norm(layer)
+        >>> layer.weight_g.shape
+        torch.Size([2, 1, 1])
+        >>> del WeightNorm._target_modules[torch.nn.Bilinear]
+    """
+    norm_class = _registered(norm_type)
+    _pairs(names, dims)
+    norm_class._target_modules[module_class] = (names, dims)
+
+
+def _registered(norm_type: str) -> Any:
+    if norm_type not in NORMS:
+        raise ValueError(
+            f"there is no normalisation {norm_type!r}.{did_you_mean(norm_type, [*NORMS, 'none'])} Registered are "
+            f"{', '.join(NORMS)}, and 'none' for none; register_norm adds to them."
+        )
+    return NORMS[norm_type]
+
+
+def _options(
+    norm_class: type[Norm], norm_type: str, config: DEQConfig, keywords: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of a normalisation: those of the configuration, then those given by name."""
+    known = norm_class.OPTIONS
+    check_keywords(keywords, (*known, "names", "dims"), f"apply_norm({norm_type!r})")
+    options = {
+        name: read(config.get(key))
+        for key, (name, read) in _KEYS.items()
+        if name in known and config.get(key) is not None
+    }
+    return {**options, **keywords}
+
+
+def _chosen(model: nn.Module, prefixes: Any, parts: Any) -> Iterator[nn.Module]:
+    """The modules that the filters do not leave out."""
+    prefixes, parts = ([f] if isinstance(f, str) else list(f or ()) for f in (prefixes, parts))
+    for name, module in model.named_modules():
+        if not any(name.startswith(p) for p in prefixes) and not any(p in name for p in parts):
+            yield module
+
+
+def _normalise(
+    model: nn.Module, modules: list[nn.Module], norm_class: type[Norm], options: dict[str, Any]
+) -> int:
+    """Normalise them, all or, if there is an error, none. Returns how many weights."""
+    names, dims = options.pop("names", None), options.pop("dims", None)
+    lists = {id(one.weight): one for module in model.modules() for one in lists_of(module).values()}
+    plan: list[tuple[_Place, Norm | NormedList]] = []
+    for module in modules:
+        target = _target(module, norm_class)
+        if target is None:
+            continue
+        for name, dim in _pairs(*(target if names is None or dims is None else (names, dims))):
+            if getattr(module, name, None) is None:
+                continue
+            place = (module, name, dim)
+            if parametrize.is_parametrized(module, name):
+                plan.append((place, _on_top(place, norm_class, options)))
+                continue
+            weight = _weight(place)
+            norm = norm_class.made_for(weight, dim % weight.dim(), **options)
+            one = lists.get(id(weight))
+            if one is None:
+                one = lists[id(weight)] = NormedList(norm.train(module.training), weight)
+            elif type(one.norm) is not type(norm) or one.norm.options() != norm.options():
+                raise ValueError(
+                    f"{_where(place)} is shared with another layer, where it has {one.norm!r}; here it would have "
+                    f"{norm!r}. A shared weight has one normalisation: leave one of the layers out with filter_out."
+                )
+            plan.append((place, one))
+    for (module, name, _), made in plan:
+        if isinstance(made, NormedList):
+            attach(module, name, made)
+        else:
+            parametrizations_of(module)[name].append(made)  # type: ignore[operator]
+    return len(plan)
+
+
+def _target(module: nn.Module, norm_class: type[Norm]) -> Any:
+    """Name and dimension of what to normalise, by the nearest class that is registered."""
+    table = norm_class._target_modules
+    return next((table[cls] for cls in type(module).__mro__ if cls in table), None)
+
+
+def _pairs(names: Any, dims: Any) -> list[tuple[str, int]]:
+    names, dims = [names] if isinstance(names, str) else names, [dims] if isinstance(dims, int) else dims
+    if len(names) != len(dims):
+        raise ValueError(
+            f"each weight has one dimension of outputs, but names={names} and dims={dims} are not equally many."
+        )
+    return list(zip(names, dims, strict=True))
+
+
+def _weight(place: _Place) -> nn.Parameter:
+    module, name, dim = place
+    weight = module._parameters.get(name)
+    if weight is None:
+        raise ValueError(
+            f"{_where(place)} is not a parameter but a {type(getattr(module, name)).__name__}; only parameters can be "
+            f"normalised."
+        )
+    if is_lazy(weight):
+        raise ValueError(
+            f"{_where(place)} has no shape yet: the layer is lazy. Call the model once on a batch, and then apply_norm."
+        )
+    if not -weight.dim() <= dim < weight.dim():
+        raise ValueError(f"{_where(place)} has shape {tuple(weight.shape)}, which has no dimension {dim}.")
+    return weight
+
+
+def _on_top(place: _Place, norm_class: type[Norm], options: dict[str, Any]) -> Norm:
+    """The normalisation of a weight that has another parametrization."""
+    module, name, dim = place
+    others: Any = parametrizations_of(module)[name]
+    if any(isinstance(p, Norm) for p in others):
+        raise ValueError(
+            f"{_where(place)} is normalised already. Call remove_norm first, or leave it out with filter_out."
+        )
+    weight = getattr(module, name).detach()
+    norm = norm_class.made_for(weight, dim % weight.dim(), **options)
+    if len(norm.originals(nn.Parameter(weight))) > 1:
+        raise ValueError(
+            f"{_where(place)} is parametrized already, and weight normalisation with a learned scale must come first: "
+            f"call apply_norm before registering the parametrization. Or use learn_scale=False, or 'spectral_norm'."
+        )
+    return norm.train(module.training)
+
+
+def _where(place: _Place) -> str:
+    module, name, _ = place
+    return f"{name!r} of {type(module).__name__}"
