@@ -136,7 +136,11 @@ class DEQBase(Inherited, nn.Module):
         solver: Any = self.f_solver
         if self.no_stat and solver is fixed_point_iter:
             solver = simple_fixed_point_iter
-        options: dict[str, Any] = {"max_iter": int(max_iter), "tol": self.f_tol, "stop_mode": self.f_stop_mode}
+        options: dict[str, Any] = {
+            "max_iter": int(max_iter),
+            "tol": self.f_tol,
+            "stop_mode": self.f_stop_mode,
+        }
         if max_iter == 0:  # no step: the start is the solution, with the residual that it has
             return FixedPointIteration().replace(**{**options, "max_iter": 1})
         options |= self._for_this_solver(solver, solver_kwargs)
@@ -224,7 +228,7 @@ class DEQBase(Inherited, nn.Module):
             solver = self._solver(max_iter, options)
             states, solution = solve_and_attach(f, z_init, solver, [self.last_method()], on_backward=report)
         self._forward_report(solution, lambda: noise_in(f, z_init))
-        monitors = len(solution.abs_trace) > 1
+        monitors = len(solution.abs_trace) > 1 or solution.nfe == 1
         steps = self._compute_f_iter(int(max_iter))[-1] if self.training else int(max_iter)
         info = SolverStat.from_solution(solution, steps if monitors else 0)
         if not self.training:
