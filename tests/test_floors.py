@@ -35,6 +35,7 @@ FLOORS = {
     "torchdeq.implicit": 3,
     "torchdeq.norm": 4,
     "torchdeq.dropout": 4,
+    "torchdeq.monotone": 4,
     "torchdeq.loss": 4,
     "torchdeq.diagnostics": 4,
     "torchdeq.solver.stat": 5,

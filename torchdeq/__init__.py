@@ -34,6 +34,7 @@ from torchdeq.grad import (
 )
 from torchdeq.implicit import implicit_minimum, implicit_root
 from torchdeq.loss import deq_jac_loss, fp_correction, jac_reg, power_method, register_weight_func
+from torchdeq.monotone import MonotoneLinear
 from torchdeq.norm import (
     SpectralNorm,
     WeightNorm,
@@ -57,10 +58,13 @@ from torchdeq.solver import (
     Broyden,
     Fallback,
     FixedPointIteration,
+    ForwardBackward,
+    MonotoneMap,
     Multisecant,
     Neumann,
     NewtonCG,
     NewtonKrylov,
+    PeacemanRachford,
     SimpleFixedPointIteration,
     Solver,
     SolverModule,
@@ -98,12 +102,16 @@ __all__ = [
     "DEQSliced",
     "Fallback",
     "FixedPointIteration",
+    "ForwardBackward",
     "GradMethod",
+    "MonotoneLinear",
+    "MonotoneMap",
     "Multisecant",
     "Neumann",
     "NeumannPhantom",
     "NewtonCG",
     "NewtonKrylov",
+    "PeacemanRachford",
     "PhantomGrad",
     "Reversible",
     "SimpleFixedPointIteration",

@@ -23,12 +23,14 @@ from torchdeq.solver.functional import (
 from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.maps import AffineMap
 from torchdeq.solver.module import SolverModule
+from torchdeq.solver.monotone import MonotoneMap
 from torchdeq.solver.multisecant import Multisecant
 from torchdeq.solver.neumann import Neumann
 from torchdeq.solver.newton_cg import NewtonCG
 from torchdeq.solver.newton_krylov import NewtonKrylov
 from torchdeq.solver.registry import SOLVERS, FunctionSolver, as_solver, register_solver
 from torchdeq.solver.rre import RRE
+from torchdeq.solver.splitting import ForwardBackward, PeacemanRachford
 from torchdeq.solver.squarem import SQUAREM
 from torchdeq.solver.stat import SolverStat, solver_stat_from_final_step
 
@@ -46,11 +48,14 @@ __all__ = [
     "Broyden",
     "Fallback",
     "FixedPointIteration",
+    "ForwardBackward",
     "FunctionSolver",
+    "MonotoneMap",
     "Multisecant",
     "Neumann",
     "NewtonCG",
     "NewtonKrylov",
+    "PeacemanRachford",
     "SimpleFixedPointIteration",
     "Solver",
     "SolverFunction",
