@@ -75,7 +75,7 @@ def test_it_is_the_mean_over_probes_of_the_squared_norm_of_the_product_per_numbe
     generator, jacobian, sizes = seeded(5), dense(f, z), []
     for _ in range(3):
         if distribution == "gaussian":
-            v = torch.randn(z.shape, dtype=F64, generator=generator)
+            v = torch.randn(z.shape, generator=generator).to(F64)  # drawn in the default dtype, as in 0.1.0
         else:
             v = torch.randint(0, 2, z.shape, generator=generator).to(F64) * 2 - 1
         sizes.append((jacobian.T @ v.reshape(-1)).square().sum())

@@ -149,7 +149,8 @@ def _probe(z: Tensor, distribution: Distribution, generator: torch.Generator | N
     """v like z, with entries of mean 0 and variance 1; a complex number is two of them."""
     real = z.dtype.to_real() if z.is_complex() else z.dtype
     shape = (*z.shape, 2) if z.is_complex() else z.shape
-    wide = torch.promote_types(real, torch.float32)
+    # In the default dtype whatever that of z is, as 0.1.0 does: a seeded program goes on seeing the same probes.
+    wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
     if distribution == "gaussian":
         v = torch.randn(shape, generator=generator, dtype=wide, device=z.device)
     else:

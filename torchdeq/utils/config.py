@@ -7,6 +7,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 class DEQConfig:
     """Options by name, copied from whatever holds them. The original is never changed; values are not copied.
@@ -73,8 +75,8 @@ def _options_in(config: Any) -> dict[str, Any]:
 def _attributes(config: Any) -> dict[str, Any] | None:
     """The attributes of an object, those of its classes included; None if it is no object to hold options."""
     builtin = isinstance(config, type) or type(config).__module__ == "builtins"
-    if builtin and not isinstance(config, type | types.ModuleType):
-        return None  # a string, a number, a list, a function
+    if isinstance(config, Tensor) or (builtin and not isinstance(config, type | types.ModuleType)):
+        return None  # nor is a string, a number, a list, a function
     classes = config.__mro__ if isinstance(config, type) else type(config).__mro__
     found: dict[str, Any] = {}
     for cls in reversed(classes):
