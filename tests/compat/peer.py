@@ -35,7 +35,10 @@ def wheel() -> Path:
     """The wheel, from the cache or else from the registry."""
     kept = CACHE / WHEEL
     if not kept.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
+        try:
+            CACHE.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnreachableError(f"there is no place to keep torchdeq 0.1.0: {error}") from error
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             _download(Path(folder))
             (Path(folder) / WHEEL).replace(kept)
