@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,6 +110,8 @@ def test_the_noise_is_that_of_the_solve() -> None:
     got = deq_jac_loss(deq, f, z, distribution="rademacher", generator=seeded())
     assert torch.equal(torch.get_rng_state(), state)
     assert got.item() == pytest.approx(0.36 * kept.double().mean().item(), rel=1e-12)
+    for copied in (copy.deepcopy(deq), pickle.loads(pickle.dumps(deq))):
+        assert torch.equal(deq_jac_loss(copied, f, z, distribution="rademacher", generator=seeded()), got)
 
 
 def test_a_variational_mask_is_that_of_the_solve() -> None:
