@@ -279,6 +279,86 @@ def test_the_gradient_is_the_dense_one(m, hook):
     assert error(got, want) < 1e-9
 
 
+@BOTH
+@ACTIVATIONS
+@pytest.mark.parametrize("hook", [False, True], ids=["function", "hook"])
+def test_the_adjoint_by_splitting_is_the_dense_one(solver, activation, hook):
+    layer, x = layer_of(n=20, m=1.0, activation=activation), injection(20, 4).requires_grad_()
+    wanted = (layer.A, layer.B, x)
+    g = cotangent(x.detach()) * torch.tensor([1e-6, 0, 1, 1e6], dtype=F64)[:, None]
+    seen = []
+    deq = DEQ(
+        PeacemanRachford(tol=1e-12, max_iter=3000),
+        IFT(solver=solver.replace(tol=1e-11, max_iter=5000), hook=hook),
+        on_backward=seen.append,
+    )
+    z, solution = deq(layer.map(x), torch.zeros_like(x))
+    got = torch.autograd.grad(z, wanted, g)
+    f = layer.map(x)
+    want = torch.autograd.grad(f(solution.z), wanted, exact_adjoint(f, solution.z, g))
+    assert error(got, want) < 1e-9
+    assert bool(seen[0].converged.all())
+    assert bool((seen[0].abs_residual <= 1e-11).all())
+    assert seen[0].nfe > 10
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_the_adjoint_by_splitting_of_tokens_and_of_half_precision(depth):
+    layer, x = layer_of(n=10, m=1.0), injection(10, 6).reshape(2, 3, 10)
+    solver, adjoint = PeacemanRachford(tol=1e-12, max_iter=3000), PeacemanRachford(tol=1e-10, max_iter=3000)
+
+    def gradient(dtype, solver, adjoint):
+        at = x.to(dtype).requires_grad_()
+        z, _ = DEQ(solver, IFT(solver=adjoint), batch_dims=depth)(
+            layer.to(dtype).map(at), torch.zeros_like(x, dtype=dtype)
+        )
+        return torch.autograd.grad(z, at, cotangent(x).to(dtype))[0].double()
+
+    exact = gradient(F64, solver, GMRES(tol=1e-12, max_iter=200))
+    assert error([gradient(F64, solver, adjoint)], [exact]) < 1e-8
+    rough = [s.replace(tol=2e-2, stop_mode="rel") for s in (solver, adjoint)]
+    # The condition is (1 + L) / m = 8.
+    assert error([gradient(torch.bfloat16, *rough)], [exact]) < 20 * 2e-2
+
+
+def test_tangents_and_orders_by_splitting():
+    """The tangent's system has J and not its transpose; second derivatives need both."""
+    layer, x = layer_of(n=6, m=1.0), injection(6, 3)
+    adjoint = PeacemanRachford(tol=1e-12, max_iter=3000)
+    deq = DEQ(PeacemanRachford(tol=1e-12, max_iter=3000), IFT(solver=adjoint, order=2))
+    direction = cotangent(x, 2)
+    with torch.autograd.forward_ad.dual_level():
+        moved = torch.autograd.forward_ad.make_dual(x, direction)
+        z, solution = deq(layer.map(moved), torch.zeros_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(z).tangent
+    jacobian = (layer.map(x).before(solution.z) > 0)[:, :, None] * layer.weight
+    right = ((layer.map(x).before(solution.z) > 0) * direction)[:, :, None]
+    exact = torch.linalg.solve(torch.eye(6, dtype=F64) - jacobian, right)[:, :, 0]
+    assert torch.allclose(tangent, exact, atol=1e-9)
+
+    x.requires_grad_()
+    solve = lambda x: deq(layer.map(x), torch.zeros_like(x))[0].square()  # noqa: E731
+    assert torch.autograd.gradgradcheck(solve, x, atol=1e-5)
+
+
+def test_what_is_inverted_in_the_forward_solve_serves_the_backward_one(monkeypatch):
+    calls = []
+    inverse = torch.linalg.inv
+    monkeypatch.setattr(torch.linalg, "inv", lambda a: calls.append(a) or inverse(a))
+    layer, x = layer_of(m=1.0), injection().requires_grad_()
+    f = layer.map(x)
+    deq = DEQ(PeacemanRachford(tol=1e-8, max_iter=500), IFT(solver=PeacemanRachford(max_iter=500)))
+    deq(f, torch.zeros_like(x))[0].sum().backward()
+    assert len(calls) == 1
+    # A map of weights that were changed in place is another.
+    f = MonotoneMap(f.weight.detach().clone(), f.bias, 1.0)
+    deq(f, torch.zeros_like(x))
+    f.weight.mul_(0.5)
+    again = deq(f, torch.zeros_like(x))[1]
+    assert len(calls) == 3
+    assert bool(again.converged.all())
+
+
 def test_second_derivatives():
     layer, x = layer_of(n=3, m=1.0, activation="leaky_relu"), injection(3, 1).requires_grad_()
     deq = DEQ(PeacemanRachford(tol=1e-13, max_iter=500), IFT(solver=GMRES(tol=1e-13), order=2))
@@ -400,13 +480,12 @@ def test_another_f_is_refused(solver):
 
 
 @BOTH
-def test_as_an_adjoint_solver_they_name_the_one_to_use(solver):
-    layer, x = layer_of(m=1.0), injection()
-    z, _ = DEQ(PeacemanRachford(tol=1e-8, max_iter=500), IFT(solver=solver))(
-        layer.map(x), torch.zeros_like(x)
-    )
-    with pytest.raises(TypeError, match=r"GMRES\(\)"):
-        z.sum().backward()
+def test_as_an_adjoint_solver_they_need_a_monotone_map_too(solver):
+    x = injection()
+    with pytest.raises(TypeError, match=r"no MonotoneMap.*GMRES\(\)"):
+        DEQ(FixedPointIteration(), IFT(solver=solver))(
+            lambda z: 0.1 * torch.tanh(z) + x, torch.zeros_like(x).requires_grad_()
+        )
 
 
 def test_wrong_arguments_are_refused():

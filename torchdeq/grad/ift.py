@@ -30,6 +30,8 @@ from torchdeq.grad.lift import Lift, clipped_once, first_order_only
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, layout_of_map
 from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.split_system import SplitSystems
+from torchdeq.solver.splitting import Splitting
 
 ADJOINT_REMEDY = (
     "This was the adjoint solve of a backward pass, or that of a tangent. The residual is relative to the right-hand "
@@ -48,7 +50,8 @@ class IFT(GradMethod):
 
     Arguments:
         solver: solves the linear systems, of cotangents and of tangents. Its `tol` is relative to the norm of the
-            right-hand side, per sample. Krylov solvers need the fewest products with Jᵀ; any solver works.
+            right-hand side, per sample. Krylov solvers need the fewest products with Jᵀ; any solver works, for a
+            `MonotoneMap` also `PeacemanRachford`, which uses the inverse of its forward solve again.
         hook: False: the backward pass evaluates f once more at z* and solves on that graph, in an
             autograd Function. True: it solves on the graph of the forward's tracked call, in a tensor
             hook: one evaluation less, while that graph is kept alive between forward and backward. Not within a
@@ -119,7 +122,7 @@ class IFT(GradMethod):
         device = z.device
         inverse = Inverse(
             with_tangents(f),
-            self.solver,
+            self._linear(f),
             layout_of_map(f),
             report,
             AutocastState.capture(device),
@@ -164,11 +167,19 @@ class IFT(GradMethod):
             v = lift(value=v, tangent=True, last=True)(t, v_o, z, point)
         return join_dual(out, v)
 
+    def _linear(self, f: Map) -> SolverLoop | SplitSystems:
+        """The solver of the linear systems at states of f."""
+        if not isinstance(self.solver, Splitting):
+            return self.solver
+        return SplitSystems(self.solver, self.solver.taken_apart(f), layout_of_map(f))
+
     def _hooked(self, f: Map, z: Tensor, report: OnBackward) -> Tensor:
         fz = f(z)
         if not fz.requires_grad:
             return fz
-        layout = layout_of_map(f)
+        layout, solver = layout_of_map(f), self._linear(f)
+        if isinstance(solver, SplitSystems):
+            solver = solver.at(z.detach(), transposed=True)
         # The last pass through the graph leaves Jᵀu on our private z; nobody wants it.
         z.register_post_accumulate_grad_hook(_drop_grad)
 
@@ -176,7 +187,7 @@ class IFT(GradMethod):
             if g is None:  # an undefined gradient stands for zero
                 return None
             with torch.no_grad(), one_cotangent():
-                u, solution = solve_adjoint(vjp_of(fz, z), g, self.solver, layout, clip=self.clip)
+                u, solution = solve_adjoint(vjp_of(fz, z), g, solver, layout, clip=self.clip)
             report(solution)
             return first_order_only(u, g, fz, "" if self.clip is None else clipped_once())
 

@@ -21,6 +21,7 @@ from torchdeq._state import Layout, Map, per_sample
 from torchdeq.grad.adjoint import solve_adjoint
 from torchdeq.grad.base import OnBackward
 from torchdeq.solver.base import SolverLoop
+from torchdeq.solver.split_system import SplitSystems
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Inverse:
     """
 
     f: Map
-    solver: SolverLoop
+    solver: SolverLoop | SplitSystems
     layout: Layout | None
     report: OnBackward
     amp: AutocastState
@@ -76,9 +77,10 @@ class Inverse:
             product = vjp_of(again, at) if transposed else jvp_of(again, at)
             with torch.no_grad():
                 clip = self.clip if transposed else None
-                x, solution = solve_adjoint(
-                    product, w.detach(), self.solver, self.layout, scale=scale, clip=clip
-                )
+                solver = self.solver
+                if isinstance(solver, SplitSystems):
+                    solver = solver.at(z.detach(), transposed=transposed)
+                x, solution = solve_adjoint(product, w.detach(), solver, self.layout, scale=scale, clip=clip)
                 kx = product(x) if image else None
         self.report(solution)
         return x, kx

@@ -10,7 +10,8 @@ Kolter (2020), arXiv 2006.08591, theorem 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,8 @@ class MonotoneMap:
     bias: Tensor
     m: float
     activation: str | Prox = "relu"
+    #: What has been computed from W, by name, with the version of W that it was computed from.
+    kept: dict[Any, tuple[int | None, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or self.weight.shape[0] != self.weight.shape[1]:
@@ -128,12 +131,28 @@ class MonotoneMap:
         """prox_{αφ}(y), elementwise; σ(y) for α = 1."""
         return as_prox(self.activation)(y, alpha)
 
-    @torch.no_grad()
+    def keep(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, computed once for as long as W is as it is. A backward pass needs it again."""
+        version = None if self.weight.is_inference() else self.weight._version
+        if name not in self.kept or self.kept[name][0] != version:
+            self.kept[name] = version, make()
+        return self.kept[name][1]
+
+    def dual(self, weight: Tensor, bias: Tensor, prox: Prox, *, transposed: bool) -> MonotoneMap:
+        """The map with W or Wᵀ in it, another c and another σ, and with what has been computed from W."""
+        dual = MonotoneMap(weight.detach(), bias, self.m, prox)
+        dual.kept.update({k: (v, t.mT if transposed and t.dim() else t) for k, (v, t) in self.kept.items()})
+        return dual
+
     def lipschitz(self) -> Tensor:
         """L = ‖I − W‖₂, (), by 30 steps of the power method: never above it, and for n up to 10⁴ within a tenth.
 
         An average-case bound on what is missing of L² is 0.9 ln(n) / 30 (Kuczyński and Woźniakowski 1992).
         """
+        return self.keep("L", self._norm)
+
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
         a = _at_least_float32(torch.eye(len(self.weight), device=self.weight.device) - self.weight)
         v = generic(a[:1])[0]
         for _ in range(_POWER):

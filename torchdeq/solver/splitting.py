@@ -50,20 +50,32 @@ class Splitting(Solver):
         """The default of α, ()."""
         raise NotImplementedError(f"{type(self).__name__} must define length and step")
 
+    def taken_apart(self, f: Map) -> MonotoneMap:
+        """The monotone map inside what a solver sees of it.
+
+        Raises:
+            TypeError: there is none.
+        """
+        inner: Any = f
+        while isinstance(inner, FlatMap | Held):
+            inner = inner.f
+        if isinstance(inner, MonotoneMap):
+            return inner
+        raise TypeError(
+            f"{self!r} takes f(z) = σ(W z + c) apart, and f={f!r} is no MonotoneMap. Make one by "
+            f"MonotoneLinear(n, m=0.1).map(x), or MonotoneMap(weight, bias, m); for another f use Multisecant(), for "
+            f"the linear systems of its backward pass GMRES()."
+        )
+
     def init(self, z: Tensor) -> None:
         """A splitting remembers nothing."""
         return None
 
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
-        monotone = monotone_of(f.f)
-        if z0 is None or monotone is None:
-            raise TypeError(
-                f"{self!r} takes f(z) = σ(W z + c) apart, and f={f.f!r} is no MonotoneMap. Make one by "
-                f"MonotoneLinear(n, m=0.1).map(x), or MonotoneMap(weight, bias, m); for another f use Multisecant(), "
-                f"for the linear systems of a backward pass GMRES()."
-            )
+        monotone = self.taken_apart(f.f)
+        assert z0 is not None  # only an affine map may have none
         parts = Parts.of(f, monotone, z0)
-        parts.alpha = self.length(monotone) if self.alpha is None else self.alpha
+        parts.option, parts.alpha = self.alpha, self.length(monotone) if self.alpha is None else self.alpha
         solution = self._iterate(parts, z0, None, record)
         f.calls = parts.calls
         return solution
@@ -106,9 +118,10 @@ class ForwardBackward(Splitting):
 class PeacemanRachford(Splitting):
     """Peaceman–Rachford splitting of a `MonotoneMap`. It converges from anywhere, for any α, however large ‖W‖ is.
 
-    A solve begins with one inversion of an n×n matrix, of the cost of some n products of a vector with W, and keeps its
-    result. A step is two evaluations: f, and a product with V, which counts as one; so give it a `max_iter` of twice
-    the steps. `Multisecant` often needs fewer, and may not converge; this does.
+    A solve begins with one inversion of an n×n matrix, of the cost of some n products of a vector with W, and the map
+    keeps the result for the backward pass of `IFT(solver=PeacemanRachford())`. A step is two evaluations: f, and a
+    product with V, which counts as one; so give it a `max_iter` of twice the steps. `Multisecant` often needs fewer,
+    and may not converge; this does.
 
     Arguments:
         alpha: the step length α > 0. None: 2/L, L = ‖I − W‖ by 30 steps of the power method, once per solve. The bound
@@ -144,6 +157,7 @@ class Parts(Tally):
     """W z + c with its calls counted, the other parts of the map, and what is known of it where it was called last."""
 
     monotone: MonotoneMap
+    option: float | None = None  # the α that was asked for
     alpha: float | Tensor = 1.0
     inverse: Tensor | None = None  # V, (n, n)
 
@@ -167,26 +181,18 @@ class Parts(Tally):
         """V d, (B, D). Counts as an evaluation."""
         n = len(self.monotone.weight)
         if self.inverse is None:
-            eye = torch.eye(n, dtype=d.dtype, device=d.device)
-            self.inverse = torch.linalg.inv(eye + self.alpha * (eye - self.monotone.weight.to(d.dtype)))
+            self.inverse = self.monotone.keep(("V", self.option, d.dtype), lambda: self._inverse(d))
         self.calls += 1
         return (d.reshape(-1, n) @ self.inverse.mT).reshape(d.shape)
+
+    @torch.no_grad()
+    def _inverse(self, like: Tensor) -> Tensor:
+        eye = torch.eye(len(self.monotone.weight), dtype=like.dtype, device=like.device)
+        return torch.linalg.inv(eye + self.alpha * (eye - self.monotone.weight.to(like.dtype)))
 
     def select(self, rows: Tensor) -> Parts:
         """See `Tally.select`."""
         few = Parts(select_rows(self.f, rows), self.amp, self.limit, self.layout)
-        few.calls, few.monotone, few.alpha, few.inverse = self.calls, self.monotone, self.alpha, self.inverse
+        few.calls, few.monotone = self.calls, self.monotone
+        few.option, few.alpha, few.inverse = self.option, self.alpha, self.inverse
         return few
-
-
-def monotone_of(f: Map) -> MonotoneMap | None:
-    """The monotone map inside what a solver sees of it; None if there is none.
-
-    Example:
-        >>> monotone_of(torch.tanh) is None
-        True
-    """
-    inner: Any = f
-    while isinstance(inner, FlatMap | Held):
-        inner = inner.f
-    return inner if isinstance(inner, MonotoneMap) else None
