@@ -255,6 +255,7 @@ def test_they_work_in_a_chain_and_pickle_and_print():
     solver = PeacemanRachford(alpha=0.5, tol=1e-5)
     assert pickle.loads(pickle.dumps(solver)) == solver
     assert repr(solver) == "PeacemanRachford(tol=1e-05, alpha=0.5)"
+    assert repr(f) == "MonotoneMap(n=40, m=0.1, activation='relu')"
     again = pickle.loads(pickle.dumps(MonotoneMap(f.weight.detach(), f.bias, f.m)))
     assert torch.equal(again(f.bias), f(f.bias))
 

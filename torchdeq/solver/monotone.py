@@ -70,7 +70,7 @@ def as_prox(activation: str | Prox) -> Prox:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MonotoneMap:
     """f(z) = σ(W z + c), with the parts by which `ForwardBackward` and `PeacemanRachford` solve it.
 
@@ -118,6 +118,9 @@ class MonotoneMap:
                 f"0 there may be no solution, or many."
             )
         as_prox(self.activation)
+
+    def __repr__(self) -> str:
+        return f"MonotoneMap(n={len(self.weight)}, m={self.m}, activation={self.activation!r})"
 
     def __call__(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
         return self.prox(self.before(z, rows))
