@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+_copies: dict[int, int | None] = {}  # those that are lent: their versions by their ids
+
 
 class Change(NamedTuple):
     """What an evaluation has made of a copy.
@@ -77,6 +79,7 @@ class Loan:
         self.buffer = buffer
         self.copy = buffer.start.clone()
         self.before = _version(self.copy)
+        _copies[id(self.copy)] = self.before
         self.users = [module._buffers[name] for module, name in buffer.places]
         for module, name in buffer.places:
             module._buffers[name] = self.copy
@@ -92,9 +95,15 @@ class Loan:
     def end(self) -> Change:
         """Put back what was there before, and tell what was made of the copy."""
         change = self.change()
+        del _copies[id(self.copy)]
         for (module, name), tensor in zip(self.buffer.places, self.users, strict=True):
             module._buffers[name] = tensor
         return change
+
+
+def is_as_lent(tensor: Tensor | None) -> bool:
+    """Whether it is a copy that has been lent and not been written to."""
+    return tensor is not None and id(tensor) in _copies and _copies[id(tensor)] == _version(tensor)
 
 
 def buffers_of(modules: Iterable[nn.Module]) -> list[Buffer]:

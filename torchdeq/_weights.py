@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.utils.parametrize import ParametrizationList
 
-from torchdeq._buffers import Buffer, Loan
+from torchdeq._buffers import Buffer, Loan, is_as_lent
 from torchdeq._modes import in_backward, in_dual_level, in_transform, saves_elsewhere
 from torchdeq._replay import RandomState
 
@@ -163,7 +163,11 @@ class _Weight:
 
     def touched(self) -> bool:
         """Whether f itself has changed a buffer of the list in this evaluation."""
-        return any(b.lent is not None and b.lent.change().certain for b in self.buffers)
+        return any(
+            buffer.lent is not None and not is_as_lent(module._buffers.get(name))
+            for buffer in self.buffers
+            for module, name in buffer.places
+        )
 
     def made_of(self) -> list[Any]:
         """All that the weight depends on, but for buffers that are held."""

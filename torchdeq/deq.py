@@ -57,6 +57,11 @@ class DEQ(nn.Module):
     should have had that call before. With `torch.utils.checkpoint` inside f a backward pass evaluates it again out of
     sight, and changes buffers as in any checkpointed module.
 
+    A parametrized weight (`torchdeq.apply_norm`, `torch.nn.utils.parametrize`) is evaluated once by the solver, once by
+    each gradient method with a graph, and once when a backward pass evaluates f again, not at each evaluation of f. It
+    is not kept from one call to the next. One that draws random numbers, or is read in compiled code or in a
+    checkpoint, is evaluated as often as it is read.
+
     With `hold_noise=True` each evaluation begins with the same state of torch's default random generators, that of
     the CPU and that of the state's device, and so does each evaluation in a backward pass. A call of the module moves
     them on by one evaluation of f.

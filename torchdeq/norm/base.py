@@ -92,7 +92,8 @@ class Norm(nn.Module):
     def factor(self, g: Tensor | None, size: Tensor) -> Tensor:
         """min(c, g / size). For g None it is the target norm; in the precision of size."""
         factor = self.target_norm / size if g is None else g.to(size.dtype) / size
-        return factor.clamp(max=self.clip_value) if self.clip else factor
+        # Not clamp: where a learned scale begins at the clip, half the derivative is passed on, as in 0.1.0.
+        return torch.minimum(factor, torch.full_like(factor, self.clip_value)) if self.clip else factor
 
     @property
     def _spare(self) -> float:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchdeq._suggest import did_you_mean
 from torchdeq.norm.base import Norm
-from torchdeq.norm.lists import NormedList, at_rest
-from torchdeq.norm.modules import attach, detach, lists_of, parametrizations_of
+from torchdeq.norm.layers import normalise, pairs
+from torchdeq.norm.lists import at_rest
+from torchdeq.norm.modules import detach, lists_of, parametrizations_of
 from torchdeq.norm.spectral_norm import SpectralNorm
 from torchdeq.norm.weight_norm import WeightNorm
 from torchdeq.utils.config import DEQConfig
@@ -33,7 +33,6 @@ _KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "norm_clip_value": ("clip_value", float),
     "sn_n_power_iters": ("n_power_iterations", int),
 }
-_Place = tuple[nn.Module, str, int]
 
 
 def _type_from_args(function: Callable[..., None]) -> Callable[..., None]:
@@ -101,7 +100,7 @@ def apply_norm(
     native = isinstance(norm_class, type) and issubclass(norm_class, Norm)
     modules = list(_chosen(model, prefix_filter_out, filter_out))
     if native:
-        done = _normalise(model, modules, norm_class, _options(norm_class, norm_type, config, norm_kwargs))
+        done = normalise(model, modules, norm_class, _options(norm_class, norm_type, config, norm_kwargs))
     else:
         config.update(**norm_kwargs)
         done = 0
@@ -153,11 +152,14 @@ def remove_norm(model: nn.Module) -> None:
         ['bias', 'weight']
     """
     made: dict[int, nn.Parameter] = {}
+    kept: list[nn.Parameter] = []  # so that no other gets the id of one that is gone
     for module in list(model.modules()):
         for name, one in lists_of(module).items():
-            if id(one) not in made:
-                made[id(one)] = nn.Parameter(one.final(), one.weight.requires_grad)
-            detach(module, name, made[id(one)])
+            weight = one.weight
+            if id(weight) not in made:  # layers that share it go on to
+                made[id(weight)] = nn.Parameter(one.final(), weight.requires_grad)
+                kept.append(weight)
+            detach(module, name, made[id(weight)])
         if parametrize.is_parametrized(module):
             inner: list[tuple[str, Any]] = list(parametrizations_of(module).items())
             for name, others in inner:
@@ -219,7 +221,7 @@ def register_norm_module(
         >>> del WeightNorm._target_modules[torch.nn.Bilinear]
     """
     norm_class = _registered(norm_type)
-    _pairs(names, dims)
+    pairs(names, dims)
     norm_class._target_modules[module_class] = (names, dims)
 
 
@@ -252,95 +254,3 @@ def _chosen(model: nn.Module, prefixes: Any, parts: Any) -> Iterator[nn.Module]:
     for name, module in model.named_modules():
         if not any(name.startswith(p) for p in prefixes) and not any(p in name for p in parts):
             yield module
-
-
-def _normalise(
-    model: nn.Module, modules: list[nn.Module], norm_class: type[Norm], options: dict[str, Any]
-) -> int:
-    """Normalise them, all or, if there is an error, none. Returns how many weights."""
-    names, dims = options.pop("names", None), options.pop("dims", None)
-    lists = {id(one.weight): one for module in model.modules() for one in lists_of(module).values()}
-    plan: list[tuple[_Place, Norm | NormedList]] = []
-    for module in modules:
-        target = _target(module, norm_class)
-        if target is None:
-            continue
-        for name, dim in _pairs(*(target if names is None or dims is None else (names, dims))):
-            if getattr(module, name, None) is None:
-                continue
-            place = (module, name, dim)
-            if parametrize.is_parametrized(module, name):
-                plan.append((place, _on_top(place, norm_class, options)))
-                continue
-            weight = _weight(place)
-            norm = norm_class.made_for(weight, dim % weight.dim(), **options)
-            one = lists.get(id(weight))
-            if one is None:
-                one = lists[id(weight)] = NormedList(norm.train(module.training), weight)
-            elif type(one.norm) is not type(norm) or one.norm.options() != norm.options():
-                raise ValueError(
-                    f"{_where(place)} is shared with another layer, where it has {one.norm!r}; here it would have "
-                    f"{norm!r}. A shared weight has one normalisation: leave one of the layers out with filter_out."
-                )
-            plan.append((place, one))
-    for (module, name, _), made in plan:
-        if isinstance(made, NormedList):
-            attach(module, name, made)
-        else:
-            parametrizations_of(module)[name].append(made)  # type: ignore[operator]
-    return len(plan)
-
-
-def _target(module: nn.Module, norm_class: type[Norm]) -> Any:
-    """Name and dimension of what to normalise, by the nearest class that is registered."""
-    table = norm_class._target_modules
-    return next((table[cls] for cls in type(module).__mro__ if cls in table), None)
-
-
-def _pairs(names: Any, dims: Any) -> list[tuple[str, int]]:
-    names, dims = [names] if isinstance(names, str) else names, [dims] if isinstance(dims, int) else dims
-    if len(names) != len(dims):
-        raise ValueError(
-            f"each weight has one dimension of outputs, but names={names} and dims={dims} are not equally many."
-        )
-    return list(zip(names, dims, strict=True))
-
-
-def _weight(place: _Place) -> nn.Parameter:
-    module, name, dim = place
-    weight = module._parameters.get(name)
-    if weight is None:
-        raise ValueError(
-            f"{_where(place)} is not a parameter but a {type(getattr(module, name)).__name__}; only parameters can be "
-            f"normalised."
-        )
-    if is_lazy(weight):
-        raise ValueError(
-            f"{_where(place)} has no shape yet: the layer is lazy. Call the model once on a batch, and then apply_norm."
-        )
-    if not -weight.dim() <= dim < weight.dim():
-        raise ValueError(f"{_where(place)} has shape {tuple(weight.shape)}, which has no dimension {dim}.")
-    return weight
-
-
-def _on_top(place: _Place, norm_class: type[Norm], options: dict[str, Any]) -> Norm:
-    """The normalisation of a weight that has another parametrization."""
-    module, name, dim = place
-    others: Any = parametrizations_of(module)[name]
-    if any(isinstance(p, Norm) for p in others):
-        raise ValueError(
-            f"{_where(place)} is normalised already. Call remove_norm first, or leave it out with filter_out."
-        )
-    weight = getattr(module, name).detach()
-    norm = norm_class.made_for(weight, dim % weight.dim(), **options)
-    if len(norm.originals(nn.Parameter(weight))) > 1:
-        raise ValueError(
-            f"{_where(place)} is parametrized already, and weight normalisation with a learned scale must come first: "
-            f"call apply_norm before registering the parametrization. Or use learn_scale=False, or 'spectral_norm'."
-        )
-    return norm.train(module.training)
-
-
-def _where(place: _Place) -> str:
-    module, name, _ = place
-    return f"{name!r} of {type(module).__name__}"

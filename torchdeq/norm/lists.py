@@ -19,15 +19,24 @@ from torchdeq.norm.base import Norm
 
 
 class NormedList(SharedList):
-    """A normalised weight. Several modules may have the same.
+    """A normalised weight.
 
     Arguments:
         norm: the normalisation.
         weight: the parameter.
+        tied: the list of another module that has the same parameter, and so has all of it. Not one list for both: a
+            module in two places is more than `torch.func.functional_call` can put back.
     """
 
-    def __init__(self, norm: Norm, weight: nn.Parameter):
-        originals = norm.originals(weight)
+    names: tuple[str, ...]
+
+    def __init__(self, norm: Norm, weight: nn.Parameter, tied: NormedList | None = None):
+        if tied is None:
+            originals = norm.originals(weight)
+        else:
+            originals = tuple(getattr(tied, name) for name in tied.names)
+            norm._parameters.update(tied.norm._parameters)
+            norm._buffers.update(tied.norm._buffers)
         nn.ModuleList.__init__(self, [norm])  # not torch's __init__, which would make other parameters
         self.unsafe = False
         self.is_tensor, self.ntensors = len(originals) == 1, len(originals)

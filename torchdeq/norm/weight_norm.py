@@ -63,9 +63,11 @@ class WeightNorm(Norm):
 
     def size(self, v: Tensor) -> Tensor:
         """‖v‖ of each output, of the shape of v but for ones in the other dimensions, in at least float32."""
-        v = wide(v)
-        others = [d for d in range(v.dim()) if d != self.dim % v.dim()]
-        return torch.linalg.vector_norm(v, dim=others, keepdim=True) if others else v.abs()
+        shape = [1] * v.dim()
+        shape[self.dim] = v.shape[self.dim]
+        return torch.linalg.vector_norm(
+            wide(v).transpose(0, self.dim).reshape(v.shape[self.dim], -1), dim=1
+        ).view(shape)
 
     def _checked(self, weight: Tensor) -> Tensor:
         size = self.size(weight)
