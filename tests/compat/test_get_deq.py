@@ -37,7 +37,7 @@ GRADS: dict[str, dict[str, Any]] = {
     "sup_gap": {"grad": 4, "sup_gap": 2},
     "sup_loc": {"grad": 4, "sup_loc": [1, 2]},
     "n_states": {"n_states": 3},
-    "indexing": {"indexing": [40, 80]},
+    "indexing": {"indexing": [40, 72]},
     "all": {"n_states": 3, "grad": [1, 2, 3], "ift": True},
 }
 

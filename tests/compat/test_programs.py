@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,16 +106,7 @@ def test_a_program_runs_with_its_usual_tolerances(program, options):
     assert got["losses"][0] != got["losses"][-2]
 
 
-def test_a_program_is_a_script(tmp_path):
-    command = [sys.executable, str(PROGRAMS / "sequence.py"), "--steps", "1", "--f_solver", "anderson"]
-    root = str(PROGRAMS.parent.parent.parent)
-    run = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": root},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert len(json.loads(run.stdout)["losses"]) == 3
+def test_a_program_is_a_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sequence.py", "--steps", "1", "--f_solver", "anderson"])
+    runpy.run_path(str(PROGRAMS / "sequence.py"), run_name="__main__")
+    assert len(json.loads(capsys.readouterr().out)["losses"]) == 3
