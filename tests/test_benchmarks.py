@@ -24,7 +24,18 @@ from torchdeq import (
 )
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("derivatives", "gradients", "memory", "models", "peers", "problems", "record", "report", "solvers")
+MODULES = (
+    "derivatives",
+    "gradients",
+    "memory",
+    "models",
+    "peers",
+    "problems",
+    "record",
+    "report",
+    "solvers",
+    "stability",
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +165,13 @@ def test_calls_and_products_are_counted_where_they_are_known(gradients: ModuleTy
         layer = gradients.Counting(picard.replace(tol=math.inf), grad)
         layer(lambda z: torch.tanh(z @ w.T + x), torch.zeros_like(x))[0].sum().backward()
         assert (layer.calls, layer.passes) == (calls, passes), grad
+
+
+def test_a_quick_run_compares_what_there_is_for_stability(bench: ModuleType, tmp_path: Path):
+    stability = importlib.import_module("stability")
+    stability.main(["--quick", "--out", str(tmp_path)])
+    easy, hard = (tmp_path / "stability.md").read_text(encoding="utf-8").split("## Without an encoder")
+    for variant in stability.VARIANTS:
+        assert f"| {variant.name} " in easy
+        assert f"| {variant.name} " in hard
+    assert (tmp_path / "stability.png").stat().st_size > 10_000
