@@ -276,7 +276,7 @@ class _Sampling(InheritedSampling, DEQBase):
         self.arg_indexing = tuple(values["indexing"] or ())
         if not isinstance(self.n_states, int) or self.n_states < 1:
             raise ValueError(f"{name}(n_states={self.n_states!r}): expected an integer of at least 1.")
-        self.own_grads = []
+        self._own_grads = []
         count = len(self._compute_f_iter(self.f_max_iter))
         if len(self.grad) not in (1, count):
             raise ValueError(
@@ -305,8 +305,8 @@ class _Sampling(InheritedSampling, DEQBase):
 
     def methods(self, count: int) -> list[GradMethod]:
         """One gradient method per sampled state."""
-        if self.own_grads:
-            return [functor.method for functor in self.own_grads[:count]]
+        if self._own_grads:
+            return [functor.method for functor in self._own_grads[:count]]
         steps = self.grad * count if len(self.grad) == 1 else self.grad
         methods: list[GradMethod] = [
             PhantomGrad(

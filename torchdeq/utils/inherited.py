@@ -51,7 +51,7 @@ class InheritedSampling(Inherited):
 
     f_max_iter: int
     training: bool
-    own_grads: list[GradFunctor]
+    _own_grads: list[GradFunctor]
     methods: Callable[[int], list[GradMethod]]
     _solver: Callable[[int, Mapping[str, Any]], SolverLoop]
     _backward_report: Reporter
@@ -75,7 +75,7 @@ class InheritedSampling(Inherited):
                 f"{type(self).__name__}.produce_grad takes what backward_factory returns, one for each of the {count} "
                 f"sampled states, got {functors!r}. For a gradient of your own define a torchdeq.GradMethod."
             )
-        self.own_grads = list(functors)
+        self._own_grads = list(functors)
 
     def _solved(
         self,
