@@ -29,6 +29,7 @@ from torchdeq import (
     get_deq,
 )
 from torchdeq._held import hold, release, sharing
+from torchdeq._weights import is_held
 
 TIGHT = FixedPointIteration(tol=1e-13, max_iter=300)
 EXACT = GMRES(tol=1e-12, max_iter=100)
@@ -177,7 +178,7 @@ def test_a_weight_read_within_parametrize_cached_before_the_solve_is_that_of_the
 
 def test_sampled_states_are_differentiated_apart():
     net = Net("weight_norm")
-    deq = DEQ(TIGHT, [PhantomGrad(), PhantomGrad(), IFT()], record=(2, 4))
+    deq = DEQ(TIGHT, [PhantomGrad(steps=3), PhantomGrad(steps=2), IFT()], record=(2, 4))
     net.counts.clear()
     z, solution = deq(net, net.z0)
     assert net.counts == [False, True, True, True]
@@ -208,6 +209,16 @@ def test_nothing_is_kept_from_one_solve_to_the_next_or_outside(kind):
     net.counts.clear()
     net.layer.weight, net.layer.weight  # noqa: B018
     assert len(net.counts) == 2
+
+
+def test_parameters_that_have_been_changed_a_thousand_times_are_parameters_too():
+    net = Net("weight_norm")
+    with torch.no_grad():
+        for p in net.parameters():
+            for _ in range(1000):
+                p.mul_(1.0)
+        DEQ(TIGHT)(net, net.z0)
+    assert net.counts == [False]
 
 
 def test_two_uses_in_one_evaluation_are_one_weight_also_in_the_backward_pass():
@@ -301,17 +312,31 @@ def test_functional_call_within_f_is_not_served_another_weight():
     assert error(torch.autograd.grad(z, wanted, g), exact_gradient(f, net.z0, g, wanted)) < 1e-9
 
 
-def test_a_transform_within_f_sees_the_weight_of_the_solve():
-    net = Net("spectral_norm").eval()
+@pytest.mark.parametrize("first", ["transform", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_within_f_sees_the_weight_of_the_solve(kind, first):
+    net = Net(kind).eval()
 
     def f(z):
-        energy = lambda z: net.layer(z).cosh().log().sum()  # noqa: E731
-        return net(z) + 0.05 * torch.func.grad(energy)(z)
+        before = net(z) if first == "plain" else 0
+        step = 0.05 * torch.func.grad(lambda z: net.layer(z).cosh().log().sum())(z)
+        return step + (before if first == "plain" else net(z))
 
     z, solution = DEQ(TIGHT, IFT(solver=EXACT))(f, net.z0)
     g = cotangent(net.x)
     wanted = list(net.parameters())
     assert error(torch.autograd.grad(z, wanted, g), exact_gradient(f, net.z0, g, wanted)) < 1e-9
+
+
+def test_a_power_iteration_under_a_transform_within_f_is_one_too():
+    """torch's parametrization makes it there, ours does not."""
+    net = Net("torch spectral", count=False)
+    before = copy.deepcopy(net)
+    x = net.x.detach()
+    with torch.no_grad():
+        DEQ(TIGHT)(lambda z: 0.1 * torch.func.grad(lambda z: net.layer(z).cosh().log().sum())(z) + x, net.z0)
+        before.layer.weight  # noqa: B018 - one update
+    assert torch.allclose(net.lists[0]._u, before.lists[0]._u, atol=1e-14)
 
 
 def test_an_f_that_differentiates_within_has_graphs_of_its_own_in_the_solve():
@@ -351,26 +376,49 @@ def test_a_weight_that_draws_random_numbers_is_not_shared_but_held_with_the_nois
 class Conditioned(nn.Module):
     """A weight that depends on something f hands to it."""
 
-    def __init__(self):
+    def __init__(self, buffer):
         super().__init__()
-        self.context = torch.ones((), dtype=F64)
+        self.register_buffer("context", torch.ones((), dtype=F64)) if buffer else setattr(
+            self, "context", torch.ones((), dtype=F64)
+        )
 
     def forward(self, w):
-        return w * self.context
+        return w * self.context.clone()  # it will be written to
 
 
-def test_a_weight_that_f_gives_another_context_is_evaluated_again():
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("how", ["attribute", "buffer", "buffer in place"])
+def test_a_weight_that_f_gives_another_context_is_evaluated_again(how, training):
     layer = nn.Linear(5, 5, dtype=F64)
-    parametrize.register_parametrization(layer, "weight", Conditioned())
-    own = layer.parametrizations.weight[0]
+    parametrize.register_parametrization(layer, "weight", Conditioned(how != "attribute"))
+    own = layer.train(training).parametrizations.weight[0]
     x = torch.randn(3, 5, dtype=F64)
 
     def f(z):
-        own.context = torch.tanh(z).mean()
+        context = torch.tanh(z).mean().detach()
+        if how == "buffer in place":
+            own.context.copy_(context)
+        else:
+            own.context = context
         return torch.tanh(0.4 * layer(z) + x)
 
-    z, solution = DEQ(TIGHT)(f, torch.zeros_like(x))
-    assert float((f(z) - z).detach().abs().max()) < 1e-12
+    with torch.no_grad():
+        z, _ = DEQ(TIGHT, batch_dims=0)(f, torch.zeros_like(x))
+        assert float((f(z) - z).abs().max()) < 1e-12
+
+
+def test_an_evaluation_out_of_sight_and_one_in_sight_leave_one_update():
+    """As where the solver evaluates compiled code and a gradient method does not."""
+    net = Net("spectral_norm")
+    before = copy.deepcopy(net)
+
+    def f(z):
+        weight = net.layer.weight if torch.is_grad_enabled() else net.lists.evaluate()
+        return torch.tanh(0.4 * nn.functional.linear(z, weight, net.layer.bias) + net.x)
+
+    DEQ(TIGHT)(f, net.z0)
+    before.layer.weight  # noqa: B018 - one update
+    assert torch.allclose(net.layer.weight_u, before.layer.weight_u, atol=1e-14)
 
 
 @pytest.mark.filterwarnings("ignore::torchdeq.ConvergenceWarning")
@@ -434,6 +482,26 @@ def test_threads_that_share_a_module_do_not_share_a_solve():
         t.join()
     assert len(results) == 15
     assert all(torch.equal(z, want) for z in results)
+
+
+def test_a_thread_beside_a_solve_is_not_in_it():
+    net = Net("weight_norm").eval()
+    inside, looked = threading.Event(), threading.Event()
+
+    def f(z):
+        inside.set()
+        assert looked.wait(60)
+        return net(z)
+
+    thread = threading.Thread(target=lambda: DEQ(TIGHT)(f, net.z0))
+    thread.start()
+    assert inside.wait(60)
+    try:
+        assert not is_held(net.lists)
+        assert net.layer.weight is not net.layer.weight
+    finally:
+        looked.set()
+        thread.join()
 
 
 def test_an_error_in_f_leaves_no_weight_behind():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -106,22 +106,27 @@ class Held:
         self._cache: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            stack.enter_context(self._same_noise())
-            if parametrize._cache_enabled and not torch.is_grad_enabled():
-                stack.enter_context(self._own_cache())
-            if self.weights.of:
-                stack.enter_context(self.weights.at_work())
-            for buffer in self.buffers:
-                buffer.lent = Loan(buffer)
-            try:
-                out = self.f(*args, **kwargs)
-            finally:
-                ended = [buffer.take_back() for buffer in self.buffers]
+        if self.noise is None and not parametrize._cache_enabled:
+            return self._evaluate(args, kwargs)
+        with self._same_noise(), self._own_cache():
+            return self._evaluate(args, kwargs)
+
+    def _evaluate(self, args: Any, kwargs: Any) -> Any:
+        weights = self.weights if self.weights.of else None
+        for buffer in self.buffers:
+            buffer.lent = Loan(buffer)
+        if weights:
+            weights.begin()
+        try:
+            out = self.f(*args, **kwargs)
+        finally:
+            if weights:
+                weights.end()
+            ended = [buffer.take_back() for buffer in self.buffers]
         if self.fresh:
             self.buffers = changed(ended)
             self.fresh = False
-        if self.open:
+        if self.open and ended:
             self._note(ended)
         return out
 
@@ -158,6 +163,9 @@ class Held:
     @contextmanager
     def _own_cache(self) -> Iterator[None]:
         """Within `parametrize.cached()`: weights computed without a graph are not left to calls that need theirs."""
+        if not parametrize._cache_enabled or torch.is_grad_enabled():
+            yield
+            return
         outer = parametrize._cache
         for key, weight in outer.items():  # a weight that is there already is the one that all have
             if weight is not None:

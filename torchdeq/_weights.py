@@ -17,7 +17,7 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class Weights:
         self.of = {id(one): _Weight(one, owned) for one in lists}
         self.again = in_backward()  # then the solve itself is one that is made again
         self.open = True
-        self._kept: dict[Any, tuple[list[Any], Tensor]] | None = None
-        self._once: dict[Any, tuple[list[Any], Tensor]] = {}
+        self._kept: dict[Any, tuple[_Parts, Tensor]] | None = None
+        self._once: dict[Any, tuple[_Parts, Tensor]] = {}
         self._tracked = False
 
     @property
@@ -88,22 +88,21 @@ class Weights:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """For a solver or a gradient method: until the end, evaluations of f share the weights."""
-        outer, self._kept = self._kept, {}
+        self._kept = {}
         try:
             yield
         finally:
-            self._kept = outer
+            self._kept = None
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """For one evaluation of f. By itself it has one value of each weight, too."""
+    def begin(self) -> None:
+        """An evaluation of f begins. By itself it has one value of each weight, too."""
         self._once, self._tracked = {}, torch.is_grad_enabled()
         _now.solves.append(self)
-        try:
-            yield
-        finally:
-            _now.solves.pop()
-            self._once = {}
+
+    def end(self) -> None:
+        """It ends."""
+        _now.solves.pop()
+        self._once = {}
 
     def get(self, one: SharedList) -> Tensor:
         """The weight of a list in `of`."""
@@ -113,12 +112,10 @@ class Weights:
         # An f that differentiates within, in a solve without a graph, has a graph for each evaluation of its own.
         apart = self._kept is None or (torch.is_grad_enabled() and not self._tracked)
         kept = self._once if apart or self._kept is None else self._kept
-        key = (id(one), *_modes(weight.device.type))
+        key = (id(one), *weight.modes())
         found = kept.get(key)
-        if found is not None:
-            now = weight.made_of()
-            if len(now) == len(found[0]) and all(map(operator.is_, now, found[0])):
-                return found[1]
+        if found is not None and found[0].are(weight.made_of()):
+            return found[1]
         random = RandomState.capture(weight.device)
         value = self._evaluate(weight)
         if random.is_now():
@@ -145,6 +142,23 @@ class Weights:
         return value
 
 
+class _Parts(NamedTuple):
+    """What a weight has been made of.
+
+    Arguments:
+        things: tensors, and the attributes of modules.
+        versions: of the tensors.
+    """
+
+    things: list[Any]
+    versions: list[int | None]
+
+    def are(self, others: _Parts) -> bool:
+        """Whether they are the same things, unchanged."""
+        same = len(self.things) == len(others.things) and all(map(operator.is_, self.things, others.things))
+        return same and self.versions == others.versions
+
+
 class _Weight:
     """One weight of a solve.
 
@@ -154,12 +168,19 @@ class _Weight:
     """
 
     def __init__(self, one: SharedList, owned: dict[int, list[Buffer]]):
+        modules = list(one.modules())
         self.list = one
-        self.modules = list(one.modules())
-        self.buffers = list({id(b): b for m in self.modules for b in owned.get(id(m), ())}.values())
+        self.buffers = list({id(b): b for m in modules for b in owned.get(id(m), ())}.values())
         self.random = False
-        tensors = [t for m in self.modules for d in (m._parameters, m._buffers) for t in d.values()]
+        held = {(id(module), name) for buffer in self.buffers for module, name in buffer.places}
+        self._attributes = [module.__dict__ for module in modules]
+        self._tensors: list[tuple[dict[str, Any], str]] = [
+            *((m._parameters, name) for m in modules for name in m._parameters),
+            *((m._buffers, name) for m in modules for name in m._buffers if (id(m), name) not in held),
+        ]
+        tensors = [t for m in modules for d in (m._parameters, m._buffers) for t in d.values()]
         self.device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+        self._autocast = self.device.type if torch.amp.is_autocast_available(self.device.type) else None
 
     def touched(self) -> bool:
         """Whether f itself has changed a buffer of the list in this evaluation."""
@@ -169,18 +190,24 @@ class _Weight:
             for module, name in buffer.places
         )
 
-    def made_of(self) -> list[Any]:
+    def made_of(self) -> _Parts:
         """All that the weight depends on, but for buffers that are held."""
-        held = {place for buffer in self.buffers for place in buffer.places}
-        parts: list[Any] = []
-        for module in self.modules:
-            parts += module.__dict__.values()
-            tensors: list[Tensor | None] = [*module._parameters.values()]
-            tensors += [t for name, t in module._buffers.items() if (module, name) not in held]
-            for t in tensors:
-                if t is not None:
-                    parts += (t, None if t.is_inference() else t._version)
-        return parts
+        tensors = [owner.get(name) for owner, name in self._tensors]
+        things = [thing for attributes in self._attributes for thing in attributes.values()]
+        return _Parts(
+            things + tensors,
+            [None if t is None or t.is_inference() else t._version for t in tensors],
+        )
+
+    def modes(self) -> tuple[Any, ...]:
+        """What, besides its parts, it may depend on: the modes of autograd, and autocast."""
+        kind = self._autocast
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            in_dual_level() and torch._C._is_fwd_grad_enabled(),
+            torch.get_autocast_dtype(kind) if kind and torch.is_autocast_enabled(kind) else None,
+        )
 
 
 def is_held(one: SharedList) -> bool:
@@ -205,14 +232,3 @@ def lists_in(modules: Iterable[nn.Module]) -> list[SharedList]:
         if isinstance(module, SharedList):
             found.append(module)
     return found
-
-
-def _modes(device_type: str) -> tuple[Any, ...]:
-    """What, besides its parts, a weight may depend on: the modes of autograd, and autocast."""
-    amp = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        in_dual_level() and torch._C._is_fwd_grad_enabled(),
-        amp and torch.get_autocast_dtype(device_type),
-    )
