@@ -14,10 +14,12 @@ from torch import nn
 import torchdeq
 from tests.problems import F64, TanhMap, cotangent, error, exact_gradient, solve_exactly
 from torchdeq import (
+    ConvergenceWarning,
     DEQBase,
     DEQConfig,
     DEQIndexing,
     DEQSliced,
+    Status,
     add_deq_args,
     get_deq,
     register_deq,
@@ -223,6 +225,27 @@ def test_row_9_max_iter_counts_evaluations_for_every_solver(solver, max_iter):
     assert torch.equal(states[0], f.z0)
     if max_iter > 1:
         assert (f(z) - z).norm() < (f(f.z0) - f.z0).norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_logger_can_take_the_mean_of_every_statistic(training):
+    told = []
+    deq = get_deq(ift=True, f_tol=1e-3).train(training)
+    f = TanhMap.make(batch=3)
+    states, info = deq(f, f.z0, sradius_mode=True, backward_writer=told.append)
+    states[-1].sum().backward()
+    for stat in (info, *told):
+        means = {key: value.mean() for key, value in stat.items()}
+        assert all(mean.isfinite() for mean in means.values())
+        assert means["converged"] == 1
+        assert means["status"] == Status.CONVERGED
+        assert stat["converged"].shape == stat["status"].shape == stat["nfe"].shape == (3,)
+    assert len(told) == 1
+    missed = get_deq(f_max_iter=3, f_tol=1e-12, f_solver="anderson").train(training)
+    with pytest.warns(ConvergenceWarning):
+        _, info = missed(f, f.z0)
+    assert info["converged"].tolist() == [0.0] * 3
+    assert info["status"].tolist() == [Status.MAX_ITER] * 3
 
 
 def test_row_9_a_wrapped_memory_restarts():

@@ -64,8 +64,9 @@ def assert_same_info(got: Any, want: Any, residual: float = 1e-8) -> None:
         if key.endswith("lowest"):
             assert (got[key] <= residual).all(), key
             assert (value <= residual).all(), key
-    for value in got.values():
+    for key, value in got.items():
         assert isinstance(value, Tensor), "a gather over devices needs tensors"
+        assert value.is_floating_point(), f"{key}: a logger takes the mean of each value"
         assert value.dim() >= 1
 
 

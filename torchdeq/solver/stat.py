@@ -16,10 +16,10 @@ class SolverStat(dict[str, Any]):
 
     Keys: 'abs_lowest' and 'rel_lowest' (B,), the residuals of the returned state; 'abs_trace' and
     'rel_trace' (B, N), the residuals at each evaluation, as many as were made; 'nstep' (B,), evaluations
-    until a sample stopped, floating point; 'sradius', the spectral radius where it was asked for. New:
-    'converged' (B,), 'status' (B,) and 'nfe' (B,), all calls of f, the same number for each sample. Keys that were
-    not given hold −1 as in 0.1.0. Every value is a tensor whose first dimension is the batch, so that dictionaries of
-    several solves can be concatenated.
+    until a sample stopped; 'sradius', the spectral radius where it was asked for. New: 'converged' (B,), 1 or 0;
+    'status' (B,), the number of a `Status`; and 'nfe' (B,), all calls of f, the same number for each sample. Keys that
+    were not given hold −1 as in 0.1.0. Every value is a floating-point tensor whose first dimension is the batch, so
+    that a logger can take the mean of each, and dictionaries of several solves can be concatenated.
 
     Example:
         >>> SolverStat()['nstep']
@@ -40,15 +40,16 @@ class SolverStat(dict[str, Any]):
         def trace(steps: Tensor) -> Tensor:
             return torch.cat([steps, steps[-1:].expand(max(0, columns - len(steps)), -1)]).mT
 
+        size = solution.abs_residual
         return cls(
-            abs_lowest=solution.abs_residual,
+            abs_lowest=size,
             rel_lowest=solution.rel_residual,
             abs_trace=trace(solution.abs_trace),
             rel_trace=trace(solution.rel_trace),
-            nstep=solution.nstep.to(solution.abs_residual.dtype),
-            converged=solution.converged,
-            status=solution.status,
-            nfe=torch.full_like(solution.nstep, solution.nfe),
+            nstep=solution.nstep.to(size.dtype),
+            converged=solution.converged.to(size.dtype),
+            status=solution.status.to(size.dtype),
+            nfe=torch.full_like(size, solution.nfe),
         )
 
     @classmethod
