@@ -157,7 +157,9 @@ def _probe(z: Tensor) -> Tensor:
 _NOT_TWICE = (
     "A tangent or a second derivative of a fixed point needs products with J, which are made by differentiating "
     "products with Jᵀ. So the backward pass of f must itself be differentiable: write custom autograd functions "
-    "without once_differentiable, and their backward in operations that autograd records."
+    "without once_differentiable, and their backward in operations that autograd records. Of torch's own operations "
+    "the fused kernels of scaled_dot_product_attention lack it: evaluate the attention in f within `with "
+    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`."
 )
 
 

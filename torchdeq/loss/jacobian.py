@@ -7,23 +7,27 @@ Source: Bai, Koltun and Kolter (2021), arXiv 2106.14342, equation 5; the estimat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import optree
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq._held import hold, release
 from torchdeq._state import Tree
 from torchdeq.loss.spectral import power_method
-from torchdeq.loss.tracked import checked_pair, vjp
+from torchdeq.loss.tracked import checked_pair, teach_second, vjp
 from torchdeq.solver.maps import AffineMap
 
 __all__ = ["deq_jac_loss", "jac_reg", "power_method"]
 
 Distribution = Literal["gaussian", "rademacher"]
+
+_TURN = threading.RLock()
 
 
 def jac_reg(
@@ -43,7 +47,9 @@ def jac_reg(
 
     Arguments:
         f0: the value f(z0), with its graph, in the structure and shapes of z0. At an equilibrium, evaluate f once more:
-            `z = z.detach().requires_grad_(); loss = loss + jac_reg(f(z), z)`.
+            `z = z.detach().requires_grad_(); loss = loss + jac_reg(f(z), z)`. A tuple state of `get_deq` comes back
+            as a list of tensors, and its f takes so many arguments: `z = [t.detach().requires_grad_() for t in
+            states[-1]]`, and then `jac_reg(f(*z), z)`.
         z0: the tensor, or pytree of tensors, that f0 was computed from. It must require a gradient.
         vecs: how many probes to average, at least 1. Each costs one product with Jᵀ.
         create_graph: whether the result can be differentiated, as training needs. False: its value alone.
@@ -57,6 +63,9 @@ def jac_reg(
     Raises:
         ValueError: z0 does not require a gradient, f0 does not depend on it or has other shapes, or an option is out
             of its range.
+        NotImplementedError: in the backward pass of the result, where f has no second derivative. That of the fused
+            kernels of `scaled_dot_product_attention` is missing in torch; the attention in f then has to be evaluated
+            within `with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`.
 
     Example:
         >>> z = torch.zeros(4, 8, requires_grad=True)
@@ -73,7 +82,9 @@ def jac_reg(
         for _ in range(vecs)
     )
     count = sum(z.numel() * (2 if z.is_complex() else 1) for z in states)
-    return torch.as_tensor(total) / (vecs * max(count, 1))
+    loss = torch.as_tensor(total) / (vecs * max(count, 1))
+    teach_second(loss, "jac_reg")
+    return loss
 
 
 def deq_jac_loss(
@@ -90,13 +101,17 @@ def deq_jac_loss(
 
     The point is a constant: the gradient goes to what f depends on, not through z. f gets its own grad mode, its
     buffers stay as they are, and where `DEQ(hold_noise=True)` holds noise for a solve, f draws the same again. With
-    two or more solves of one such module before the loss, the noise is that of the last.
+    two or more solves of one such module before the loss, the noise is that of the last. `jac_reg` needs a second
+    derivative, which the fused kernels of `scaled_dot_product_attention` do not have: where there is to be a graph, f
+    is evaluated within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, which gives the same up to rounding, except
+    that dropout inside of the attention may draw another mask on a GPU.
 
     Arguments:
         deq: the `DEQ`, or the module that `get_deq` made, that solved for z. In training and in eval mode.
         f: the map that was solved.
         z: the solution, in the form the module returns it: of a `DEQ` what comes first; of `get_deq` one of the
-            states, such as `states[-1]`. There a list or tuple is handed to f as several arguments.
+            states, such as `states[-1]`. There a list or tuple is handed to f as several arguments, f(*z), as
+            `get_deq` does with a tuple state; a `DEQ` hands it over as one, f(z).
         vecs, create_graph, distribution, generator: see `jac_reg`. Under `torch.no_grad()` it is the value alone.
 
     Returns:
@@ -132,9 +147,16 @@ def deq_jac_loss(
     with torch.enable_grad():
         at = optree.tree_map(lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, z)
         noise = getattr(deq, "last_noise", None)
-        with noise.again() if noise is not None else nullcontext():
+        with noise.again() if noise is not None else nullcontext(), _unfused() if track else nullcontext():
             image = held(*at) if several else held(at)
         return jac_reg(image, at, vecs, track, distribution=distribution, generator=generator)
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Attention by its formula. Torch's setting is one for all threads, so they take turns."""
+    with _TURN, sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _squared_norm(images: list[Tensor], states: list[Tensor], v: list[Tensor], create_graph: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optree
 import torch
 from torch import Tensor
@@ -66,3 +68,34 @@ def vjp(
             f"very tensor you give: z = z.detach().requires_grad_(); {name}(f(z), z)."
         )
     return list(products)
+
+
+def teach_second(loss: Tensor, name: str) -> None:
+    """Have the backward pass of a loss made of `vjp` say what to do, where an operation of f has no second derivative.
+
+    Torch puts a node in the graph for it that raises when it is reached. Nothing is raised before: the value is right.
+
+    Arguments:
+        loss: the loss, with its graph.
+        name: of the function that is asked, for errors.
+    """
+    if torch.compiler.is_compiling() or loss.grad_fn is None:
+        return
+
+    def teach(*_: Any) -> None:
+        raise NotImplementedError(
+            f"the gradient of {name} differentiates f twice, and an operation in f has no second derivative in torch. "
+            f"The fused kernels of scaled_dot_product_attention have none, those that nn.MultiheadAttention calls with "
+            f"need_weights=False included. Evaluate the attention in f within `with torch.nn.attention.sdpa_kernel("
+            f"torch.nn.attention.SDPBackend.MATH):`, which computes the same."
+        )
+
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::NotImplemented":
+            node.register_prehook(teach)
+        todo += [following for following, _ in node.next_functions if following is not None]
