@@ -95,6 +95,17 @@ def test_derivatives_take_the_vectors_for_constants():
     assert torch.allclose(got, torch.autograd.grad(exact.sum(), w)[0])
 
 
+def test_a_graph_is_not_spoilt_by_later_evaluations():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, dtype=F64)
+    apply_norm(layer, "spectral_norm")
+    x = torch.randn(3, 4, dtype=F64)
+    outs = [layer.train(training)(x) for training in (False, True, True)]
+    for out in outs:
+        out.sum().backward()
+    assert layer.weight_g.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_evaluates_the_same_weight_again(reentrant):
     torch.manual_seed(0)
@@ -108,6 +119,15 @@ def test_a_checkpoint_evaluates_the_same_weight_again(reentrant):
     assert torch.equal(layer.weight_u, twin.weight_u)
     for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def test_autocast_makes_no_difference():
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 20)
+    apply_norm(layer, "spectral_norm")
+    want = layer.eval().weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.weight, want)
 
 
 def test_half_precision():

@@ -88,6 +88,9 @@ def test_after_a_cast_and_a_move(kind):
     assert up_to_date(layer)
     layer.double()
     assert up_to_date(layer)
+    nn.init.eye_(layer.weight)
+    layer.float()
+    assert torch.allclose(layer.weight, torch.eye(4), atol=1e-6)
     layer.to(torch.bfloat16)
     assert layer(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     layer = layer_of(kind).to("meta")
@@ -143,6 +146,10 @@ def test_copies_are_whole_and_apart(kind, when, make):
     elif when == "after a write":
         nn.init.normal_(layer.weight)
     twin = make(model)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p is not q
+    assert "_handed" not in vars(twin[0].parametrizations.weight), "only what was read from it counts"
     model.eval(), twin.eval()
     assert torch.equal(twin[0].weight, layer.weight)
     with torch.no_grad():
@@ -257,6 +264,10 @@ def assigned_as_parameter(layer, t):
     layer.weight = nn.Parameter(t)
 
 
+def assigned_in_another_dtype(layer, t):
+    layer.weight = t.copy_(t.float()).float()
+
+
 def copied(layer, t):
     with torch.no_grad():
         layer.weight.copy_(t)
@@ -272,7 +283,14 @@ def through_a_detached_view(layer, t):
     layer.weight.detach().copy_(t)
 
 
-WRITES = [assigned, assigned_as_parameter, copied, by_elements, through_a_detached_view]
+WRITES = [
+    assigned,
+    assigned_as_parameter,
+    assigned_in_another_dtype,
+    copied,
+    by_elements,
+    through_a_detached_view,
+]
 
 
 @BOTH
@@ -284,10 +302,10 @@ def test_what_is_written_is_what_is_read(kind, write, clip, then):
     layer = layer_of(kind, **options)
     parameters = [id(p) for p in layer.parameters()]
     t = torch.randn(4, 4, dtype=F64)
-    kept = t.clone()
     if kind == "spectral_norm" and write is by_elements:
         layer.eval()  # each row is a write by itself, after which a step of power iteration follows
     write(layer, t)
+    kept = t.clone()
     if then == "solve":
         x = torch.ones(2, 4, dtype=F64)
         layer.eval()

@@ -60,6 +60,15 @@ def test_first_and_second_derivatives(learn_scale):
     assert torch.autograd.gradgradcheck(norm, inputs)
 
 
+def test_at_the_clip_where_a_learned_scale_begins_half_the_derivative_passes():
+    """As in the first version, so that training is the same from the first step."""
+    layer = nn.Linear(3, 1, dtype=F64)
+    apply_norm(layer, clip=True)
+    (layer.weight * layer.weight_v.detach()).sum().backward()
+    # W = v min(1, g/‖v‖), so ⟨v, ∂W/∂g⟩ is ‖v‖ below the clip and 0 above.
+    assert torch.allclose(layer.weight_g.grad, 0.5 * layer.weight_g)
+
+
 def test_half_precision_is_summed_in_single():
     layer = nn.Linear(4000, 2).half()
     with torch.no_grad():

@@ -96,7 +96,7 @@ class NormedList(SharedList):
             raise ValueError(
                 f"a normalised weight of shape {tuple(shape)} was given a value of shape {tuple(value.shape)}."
             )
-        values: Any = value.detach()
+        values: Any = value.detach().to(self.weight)
         for parametrization in reversed(list(self)):
             inverse = getattr(parametrization, "right_inverse", None)
             if inverse is None:
