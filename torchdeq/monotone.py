@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchdeq.solver.monotone import MonotoneMap, Prox
+from torchdeq.solver.monotone import MonotoneMap
+from torchdeq.solver.prox import Prox
 
 
 class MonotoneLinear(nn.Module):
@@ -20,6 +21,11 @@ class MonotoneLinear(nn.Module):
     `PeacemanRachford` and `ForwardBackward` solve, and any other solver where it can. A convolution is not among what
     this layer does.
 
+    `PeacemanRachford` is the safe solver for it, not always the fastest. For n=24, m=0.1 and 64 samples at tol=1e-4
+    it needed 61, 61, 73 and 89 evaluations at ‖W‖ of about 1.7, 2.7, 9 and 19 (the median of five draws of the layer),
+    and `Multisecant` 31, 28, 64 and 197. Both solved all samples; `Anderson` did up to 2.7, in 48. `ForwardBackward`
+    with its default step needed 1183 and 2541 at the first two.
+
     Arguments:
         features: n, the size of the last dimension of the state.
         m: m > 0, how far I − W is from having a symmetric part that is singular. The equilibrium is Lipschitz in x with
@@ -28,7 +34,7 @@ class MonotoneLinear(nn.Module):
         device, dtype: of A and B, (n, n) each, drawn as the weight of a `torch.nn.Linear`.
 
     Raises:
-        ValueError: m is not above 0, or there is no activation of this name.
+        ValueError, TypeError: m is not above 0, or the activation is none; see `MonotoneMap`.
 
     Example:
         >>> import torch
@@ -49,9 +55,9 @@ class MonotoneLinear(nn.Module):
     def __init__(
         self,
         features: int,
+        *,
         m: float = 0.1,
         activation: str | Prox = "relu",
-        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

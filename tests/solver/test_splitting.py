@@ -22,7 +22,7 @@ from torchdeq import (
     PeacemanRachford,
     Status,
 )
-from torchdeq.solver.monotone import PROXIMAL, as_prox
+from torchdeq.solver.prox import PROXIMAL, as_prox
 
 BOTH = pytest.mark.parametrize("solver", [ForwardBackward(), PeacemanRachford()], ids=["FB", "PR"])
 ACTIVATIONS = pytest.mark.parametrize("activation", PROXIMAL)
@@ -31,7 +31,7 @@ MODULI = pytest.mark.parametrize("m", [0.05, 0.1, 1.0])
 
 def layer_of(n=40, m=0.1, activation="relu", gain=2.0, seed=0):
     """‖W‖ is about 4.5 at a gain of 2, and plain iteration diverges."""
-    layer = MonotoneLinear(n, m, activation, dtype=F64)
+    layer = MonotoneLinear(n, m=m, activation=activation, dtype=F64)
     with torch.no_grad():
         layer.A.copy_(random_matrix(n, gain / 3**0.5, seed))
         layer.B.copy_(random_matrix(n, gain / 3**0.5, seed + 1))
@@ -421,7 +421,7 @@ def test_an_activation_of_your_own():
 @MODULI
 def test_w_is_monotone_by_construction_and_stays_so_in_training(m):
     torch.manual_seed(0)
-    layer = MonotoneLinear(16, m, dtype=F64)
+    layer = MonotoneLinear(16, m=m, dtype=F64)
     deq = DEQ(PeacemanRachford(tol=1e-6, max_iter=2000), IFT())
     x, target = injection(16, 8), cotangent(torch.zeros(8, 16, dtype=F64), 3)
     losses = []
@@ -446,7 +446,7 @@ def test_any_monotone_w_has_this_form():
     s = random_matrix(6, 1.0, 4)
     w = random_matrix(6, 2.0, 3)
     w = w - (torch.linalg.eigvalsh((w + w.mT) / 2)[-1] - 0.8) * torch.eye(6, dtype=F64)
-    layer = MonotoneLinear(6, 0.2, dtype=F64)
+    layer = MonotoneLinear(6, m=0.2, dtype=F64)
     symmetric = torch.eye(6, dtype=F64) * 0.8 - (w + w.mT) / 2
     values, vectors = torch.linalg.eigh(symmetric)
     with torch.no_grad():
@@ -506,3 +506,132 @@ def test_wrong_arguments_are_refused():
     for alpha in (0, -1.0, "1"):
         with pytest.raises(ValueError, match="step length"):
             PeacemanRachford(alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("activation", "kind", "text"),
+    [
+        (torch.nn.functional.softplus, ValueError, "to the same p"),  # whose second argument is another
+        (
+            lambda y, alpha: torch.tanh(y),
+            ValueError,
+            "a function of y alone will do only if it is a projection",
+        ),
+        (lambda y, alpha: torch.nn.functional.leaky_relu(y), ValueError, "to the same p"),
+        (lambda y, alpha: y - y.clamp(-0.1, 0.1), ValueError, "to the same p"),
+        (lambda y, alpha: 1.5 * y, ValueError, "not nondecreasing and nonexpansive"),
+        (lambda y, alpha: -y, ValueError, "not nondecreasing and nonexpansive"),
+        (lambda y, alpha: torch.softmax(y, -1), ValueError, "not elementwise"),
+        (lambda y, alpha: y - y.mean(0), ValueError, "not elementwise"),
+        (lambda y, alpha: y[..., :1], ValueError, r"makes \(13, 1\); expected the same shape"),
+        (lambda y, alpha: None, ValueError, "makes NoneType"),
+        (lambda y, alpha: y.relu_(), ValueError, "in place"),
+        (lambda y, alpha: y * float("nan"), ValueError, "not elementwise"),
+        (torch.nn.functional.gelu, TypeError, "it raises TypeError"),
+        (torch.tanh, TypeError, "it raises TypeError"),
+        (lambda y: y, TypeError, "it raises TypeError"),
+    ],
+    ids=[
+        "softplus",
+        "tanh",
+        "leaky",
+        "soft",
+        "steep",
+        "minus",
+        "softmax",
+        "mean",
+        "shape",
+        "none",
+        "inplace",
+        "nan",
+        "gelu",
+        "torch.tanh",
+        "one",
+    ],
+)
+def test_an_activation_that_is_no_proximal_operator_is_refused_where_it_is_given(activation, kind, text):
+    for make in (
+        lambda: MonotoneLinear(4, activation=activation),
+        lambda: MonotoneMap(torch.zeros(4, 4), torch.zeros(1, 4), 1.0, activation),
+    ):
+        with pytest.raises(kind, match=text) as caught:
+            make()
+        assert "lambda y, alpha: y - y.clamp" in str(caught.value)
+
+
+def shrink(y, alpha):
+    """φ(z) = 0.1 |z|."""
+    return y - y.clamp(-0.1 * alpha, 0.1 * alpha)
+
+
+class Slopes(torch.nn.Module):
+    """As `shrink`, by a weight for each unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.1, 0.4, 40, dtype=F64))
+
+    def prox(self, y, alpha):
+        return y - y.clamp(-self.weight * alpha, self.weight * alpha)
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, y, alpha):
+        return shrink(y, alpha)
+
+
+def logarithmic(y, alpha):
+    """φ(z) = −log z, whose p is the root of p − y = α / p."""
+    return (y + (y * y + 4 * alpha).sqrt()) / 2
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [shrink, Slopes().prox, Unhashable(), logarithmic, lambda y, alpha: y, lambda y, alpha: y / (1 + alpha)],
+    ids=["soft", "parameters", "unhashable", "log", "identity", "ridge"],
+)
+def test_an_activation_that_is_one_is_taken_and_both_splittings_agree_on_it(activation):
+    layer, x = layer_of(m=1.0, activation=activation), injection()
+    f = layer.map(x)
+    one = ForwardBackward(tol=1e-9, max_iter=5000)(f, torch.zeros_like(x))
+    two = PeacemanRachford(tol=1e-9, max_iter=2000)(f, torch.ones_like(x))
+    assert bool((one.converged & two.converged).all())
+    assert torch.allclose(one.z, two.z, atol=1e-7)
+
+
+def test_a_function_is_checked_once():
+    calls = []
+
+    def counted(y, alpha):
+        calls.append(1)
+        return shrink(y, alpha)
+
+    layer = MonotoneLinear(4, activation=counted)
+    tried = len(calls)
+    assert tried > 0
+    layer.map(torch.zeros(2, 4))
+    assert len(calls) == tried
+
+
+@pytest.mark.parametrize("solver", [ForwardBackward(), PeacemanRachford(), FixedPointIteration()])
+def test_a_state_that_does_not_fit_the_map_is_refused_at_the_door(solver):
+    f = layer_of(n=4).map(injection(4, 3))
+    for shape in ((3, 5), (2, 5), (5,), (2, 4), (1, 4), (4,)):
+        with pytest.raises(ValueError, match=r"the map takes \(B, …, 4\) and adds c of the shape \(3, 4\)"):
+            DEQ(solver)(f, torch.zeros(*shape, dtype=F64))
+    one = layer_of(n=4).map(injection(4, 1))  # a c for all samples
+    assert solver(one, torch.zeros(2, 3, 4, dtype=F64)).z.shape == (2, 3, 4)
+
+
+@BOTH
+def test_a_state_of_several_tensors_is_refused_at_the_door(solver):
+    f = layer_of(n=4).map(injection(4, 3))
+    with pytest.raises(ValueError, match="the state has 2 tensors, and the map takes one"):
+        DEQ(solver)(f, (torch.zeros(3, 4, dtype=F64), torch.zeros(3, 4, dtype=F64)))
+
+
+def test_what_follows_the_size_of_a_monotone_layer_is_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        MonotoneLinear(4, 4)

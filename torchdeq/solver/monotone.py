@@ -9,65 +9,17 @@ Kolter (2020), arXiv 2006.08591, theorem 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from torchdeq._suggest import did_you_mean
 from torchdeq.solver.maps import generic
+from torchdeq.solver.prox import Prox, as_prox, check_prox
 
-#: prox_{αφ}(y) from y and α, elementwise.
-Prox = Callable[[Tensor, float | Tensor], Tensor]
-
-_SLOPE = 0.01  # of the leaky ReLU, as in torch.nn.LeakyReLU
 _POWER = 30  # steps of the power method for ‖I − W‖
-
-
-def _relu(y: Tensor, alpha: float | Tensor) -> Tensor:
-    return F.relu(y)  # the projection on z ≥ 0, whatever α is
-
-
-def _leaky_relu(y: Tensor, alpha: float | Tensor) -> Tensor:
-    # φ(z) = (1 − s) / (2 s) · min(z, 0)²
-    return torch.where(y > 0, y, y * (_SLOPE / (_SLOPE + alpha * (1 - _SLOPE))))
-
-
-def _hardtanh(y: Tensor, alpha: float | Tensor) -> Tensor:
-    return F.hardtanh(y)  # the projection on |z| ≤ 1
-
-
-PROXIMAL: dict[str, Prox] = {"relu": _relu, "leaky_relu": _leaky_relu, "hardtanh": _hardtanh}
-
-
-def as_prox(activation: str | Prox) -> Prox:
-    """The proximal operator of a name; a function is one already.
-
-    Raises:
-        ValueError: there is none of this name.
-        TypeError: neither a name nor a function.
-    """
-    if not isinstance(activation, str):
-        if callable(activation) and not isinstance(activation, type | torch.nn.Module):
-            return activation
-        raise TypeError(
-            f"the activation of a monotone map must be one of {', '.join(map(repr, PROXIMAL))}, or a function of y and "
-            f"α that gives prox_αφ(y), got {activation!r}."
-        )
-    if activation in PROXIMAL:
-        return PROXIMAL[activation]
-    why = (
-        f" {activation} is the proximal operator of a φ, but that of αφ, which splitting needs, has no closed form."
-        if activation in ("tanh", "sigmoid", "softplus", "elu", "softsign", "arctan")
-        else did_you_mean(activation, PROXIMAL)
-    )
-    raise ValueError(
-        f"there is no monotone activation {activation!r}.{why} There are {', '.join(map(repr, PROXIMAL))}; or give a "
-        f"function of y and α that gives prox_αφ(y)."
-    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,10 +34,13 @@ class MonotoneMap:
         bias: c, the part that does not depend on z, broadcastable to (B, …, n) and usually of that shape.
         m: m > 0 with (I − W) + (I − W)ᵀ ⪰ 2 m I.
         activation: σ, a proximal operator: 'relu', 'leaky_relu' (slope 0.01), 'hardtanh', or a function that gives
-            prox_{αφ}(y) from y and α, elementwise; σ is that with α = 1.
+            prox_{αφ}(y) from y and α, elementwise; σ is that with α = 1. A function is tried on a few numbers, once:
+            nondecreasing, nonexpansive, and with p = prox_{αφ}(y) also p = prox_{βφ}(p + (β/α) (y − p)).
 
     Raises:
-        ValueError: W is not square, m is not above 0, or there is no activation of this name.
+        ValueError: W is not square, m is not above 0, there is no activation of this name, or the function is no
+            proximal operator; or it is called with a state whose last dimension is not n.
+        TypeError: the activation is neither a name nor a function, or the function fails.
 
     Example:
         Plain iteration diverges here, ‖W‖ = 3. No unit is cut off, so that the answer is (I − W)⁻¹ c.
@@ -117,7 +72,7 @@ class MonotoneMap:
                 f"MonotoneMap(m={self.m!r}): m must be above 0, by how much the symmetric part of I − W is above 0. At "
                 f"0 there may be no solution, or many."
             )
-        as_prox(self.activation)
+        check_prox(self.activation, len(self.weight), self.weight.device)
 
     def __repr__(self) -> str:
         return f"MonotoneMap(n={len(self.weight)}, m={self.m}, activation={self.activation!r})"
@@ -127,8 +82,26 @@ class MonotoneMap:
 
     def before(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
         """W z + c, which σ is applied to, in the shape (B, …, n) of z; of the samples `rows` if there are no others."""
+        if rows is None and z.shape != self.bias.shape:
+            self.check_state(z.shape)
         shared = rows is None or self.bias.dim() < z.dim() or len(self.bias) == 1
         return z @ self.weight.mT + (self.bias if shared else self.bias[rows])
+
+    def check_state(self, shape: Sequence[int]) -> None:
+        """Raise if a state of this shape does not fit.
+
+        Raises:
+            ValueError: the last dimension is not n, or c is not broadcastable to the shape.
+        """
+        n, bias = len(self.weight), tuple(self.bias.shape)
+        own = (1,) * (len(shape) - len(bias)) + bias
+        fits = len(own) == len(shape) and all(a in (1, b) for a, b in zip(own, shape, strict=True))
+        if tuple(shape[-1:]) != (n,) or not fits:
+            raise ValueError(
+                f"{self!r}: the state has the shape {tuple(shape)}, and the map takes (B, …, {n}) and adds c of the "
+                f"shape {bias}, which must be broadcastable to the state's. Begin at z0 = torch.zeros_like(x) for "
+                f"MonotoneLinear.map(x)."
+            )
 
     def prox(self, y: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
         """prox_{αφ}(y), elementwise; σ(y) for α = 1."""
@@ -143,7 +116,10 @@ class MonotoneMap:
 
     def dual(self, weight: Tensor, bias: Tensor, prox: Prox, *, transposed: bool) -> MonotoneMap:
         """The map with W or Wᵀ in it, another c and another σ, and with what has been computed from W."""
-        dual = MonotoneMap(weight.detach(), bias, self.m, prox)
+        dual = MonotoneMap(weight.detach(), bias, self.m)
+        object.__setattr__(
+            dual, "activation", prox
+        )  # one of ours, new at each solve: there is nothing to check
         dual.kept.update({k: (v, t.mT if transposed and t.dim() else t) for k, (v, t) in self.kept.items()})
         return dual
 

@@ -20,7 +20,8 @@ from torchdeq._state import FlatMap, Layout, Map, layout_of, per_sample
 from torchdeq.solution import Solution, Status
 from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.maps import AffineMap
-from torchdeq.solver.monotone import MonotoneMap, Prox
+from torchdeq.solver.monotone import MonotoneMap
+from torchdeq.solver.prox import Prox
 from torchdeq.solver.splitting import Splitting
 from torchdeq.solver.watch import Iterate, relative
 

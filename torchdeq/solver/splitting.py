@@ -74,6 +74,10 @@ class Splitting(Solver):
     def _loop(self, f: Tally, z0: Tensor | None, record: Sequence[int]) -> Solution:
         monotone = self.taken_apart(f.f)
         assert z0 is not None  # only an affine map may have none
+        shapes = [z0.shape] if f.layout is None else f.layout.shapes
+        if len(shapes) != 1:
+            raise ValueError(f"{monotone!r}: the state has {len(shapes)} tensors, and the map takes one.")
+        monotone.check_state(shapes[0])
         parts = Parts.of(f, monotone, z0)
         parts.option, parts.alpha = self.alpha, self.length(monotone) if self.alpha is None else self.alpha
         solution = self._iterate(parts, z0, None, record)
