@@ -426,3 +426,52 @@ def test_reset_deq_forgets_dropout_masks_and_a_solve_keeps_one():
     reset_deq(drop)
     second, _ = deq(f, torch.zeros(4, 8))
     assert not torch.equal(first[0], second[0])
+
+
+def test_reset_deq_wants_a_module():
+    with pytest.raises(
+        TypeError, match=r"reset_deq\(model\): model is a function; expected the torch\.nn\.Module"
+    ):
+        reset_deq(lambda z: z)
+
+
+@pytest.mark.parametrize(
+    ("name", "core"), [("mine", "DEQSliced"), ("mine", DEQSliced()), (DEQSliced, "mine")]
+)
+def test_a_core_that_cannot_be_built_is_refused_where_it_is_registered(name, core):
+    with pytest.raises(TypeError, match=r"expected a name and a class, not an object of one"):
+        register_deq(name, core)
+    assert name not in torchdeq.core.CORES
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [("mine", "anderson"), ("mine", None), (torchdeq.Anderson, torchdeq.Anderson)]
+)
+def test_a_solver_that_is_none_is_refused_where_it_is_registered(name, solver):
+    with pytest.raises(TypeError, match=r"register_solver\("):
+        torchdeq.register_solver(name, solver)
+    assert name not in torchdeq.SOLVERS
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("peaceman_rachford", "PeacemanRachford()"),
+        ("PeacemanRachford", "PeacemanRachford()"),
+        ("forward_backward", "ForwardBackward()"),
+        ("newton_cg", "NewtonCG()"),
+        ("fallback", "Fallback(Multisecant(), NewtonKrylov())"),
+    ],
+)
+def test_a_solver_without_a_name_is_told_to_be_given_as_an_object(name, written):
+    for ask in (
+        lambda: get_deq(f_solver=name),
+        lambda: torchdeq.as_solver(name),
+        lambda: torchdeq.DEQ(torchdeq.as_solver(name)),
+    ):
+        with pytest.raises(ValueError, match="is given as an object") as caught:
+            ask()
+        assert f"DEQ({written})" in str(caught.value)
+    solver = eval(written, vars(torchdeq))
+    assert isinstance(get_deq(f_solver=solver), torch.nn.Module)
+    assert repr(torchdeq.DEQ(solver).solver) == repr(solver)

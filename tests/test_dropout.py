@@ -251,3 +251,16 @@ def test_nothing_that_looks_at_f_draws_another_mask():
     spectral_radius(f, torch.zeros_like(x))
     deq_jac_loss(DEQ(), f, torch.zeros_like(x))
     assert layer.mask is held
+
+
+@pytest.mark.parametrize("p", ["0.5", None, [0.5]])
+def test_a_probability_that_is_no_number_is_refused(p):
+    with pytest.raises(TypeError, match=r"VariationalDropout\(dropout=.*must be a number"):
+        VariationalDropout(p)
+
+
+def test_reset_dropout_wants_a_module():
+    with pytest.raises(
+        TypeError, match=r"reset_dropout\(model\): model is a function; expected the torch\.nn\.Module"
+    ):
+        reset_dropout(lambda z: z)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.problems import F64, CoupledMap, TanhMap, solve_exactly
-from torchdeq import FixedPointIteration, PeacemanRachford
+from torchdeq import FixedPointIteration, PeacemanRachford, as_solver
 from torchdeq.diagnostics import path_independence
 from torchdeq.monotone import MonotoneLinear
 
@@ -135,3 +135,32 @@ def test_a_monotone_map_is_path_independent_under_its_own_solver():
 def test_a_start_of_no_name_is_refused():
     with pytest.raises(ValueError, match="expected 'others', 'random'"):
         path_independence(two_attractors, STARTS, start="roll")
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden", "fixed_point_iter"])
+def test_a_solver_may_be_given_by_name_and_gets_the_settings_of_the_default(name):
+    f = TanhMap.make(gain=0.5)
+    found = path_independence(f, f.z0, solver=name)
+    settings = {"tol": 1e-4, "stop_mode": "rel", "max_iter": 200}
+    assert torch.equal(found.first.z, as_solver(name, **settings)(f, f.z0).z)
+    with pytest.raises(ValueError, match="Did you mean 'anderson'"):
+        path_independence(f, f.z0, solver="andersson")
+    with pytest.raises(TypeError, match="or the name of one"):
+        path_independence(f, f.z0, solver=3)
+
+
+def test_the_line_says_where_nothing_was_tested():
+    same = torch.ones(3, 1, dtype=F64)
+    text = str(path_independence(two_attractors, same, solver=TIGHT))
+    assert "nothing was tested: the second start is the first solution. Give start='random'" in text
+    some = torch.tensor([[1.0], [1.0], [-1.0]], dtype=F64)  # only the second begins where it ended
+    assert "1 of 3 samples were not tested" in str(path_independence(two_attractors, some, solver=TIGHT))
+    assert "tested" not in str(path_independence(two_attractors, STARTS, solver=TIGHT, start=-STARTS))
+
+
+def test_an_f_of_several_arguments_is_told_how_to_write_it():
+    z = (torch.zeros(2, 3, dtype=F64), torch.zeros(2, 1, dtype=F64))
+    with pytest.raises(
+        TypeError, match=r"f takes 2 arguments, and is called with one.*lambda state: f\(\*state\)"
+    ):
+        path_independence(lambda a, b: (a, b), z)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.problems import F64, TanhMap
-from torchdeq import get_deq
+from torchdeq import DEQ, get_deq
 from torchdeq.diagnostics import leading_eigenvalue, spectral_radius
 
 TURN = 0.9 * torch.tensor([[0.5, -math.sqrt(0.75)], [math.sqrt(0.75), 0.5]], dtype=F64)
@@ -107,3 +107,43 @@ def test_what_it_cannot_use_is_said() -> None:
         spectral_radius(torch.cos, torch.zeros(1, 2), steps=0)
     with pytest.raises(ValueError, match=r"leading_eigenvalue\(m=2\).*at least 8"):
         leading_eigenvalue(torch.cos, torch.zeros(1, 2), m=2)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_tuple_state_is_one_argument_and_for_get_deq_several_and_the_other_is_told_so(kind) -> None:
+    z = kind([torch.zeros(2, 3, dtype=F64), torch.zeros(2, 1, dtype=F64)])
+
+    def several(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.5 * a + 1, 0.25 * b
+
+    def one(s: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return several(*s)
+
+    assert spectral_radius(one, z).tolist() == pytest.approx([0.5, 0.5])
+    norm = torch.nn.BatchNorm1d(3)  # f is held, and is still seen as it is
+    held = lambda a, b: (0.5 * norm(a.float()).double(), b)  # noqa: E731
+    for wrong in (several, held):
+        for ask in (leading_eigenvalue, spectral_radius, lambda f, z: DEQ()(f, z)):
+            with pytest.raises(
+                TypeError, match=r"f takes 2 arguments, and is called with one.*lambda state: f\(\*state\)"
+            ):
+                ask(wrong, z)
+    for deq in (get_deq(), get_deq(ift=True).eval()):
+        deq(several, z)
+        with pytest.raises(
+            TypeError, match=r"f takes one argument, and is called with 2.*lambda \*state: f\(state\)"
+        ):
+            deq(one, z)
+
+
+def test_an_error_from_within_f_is_its_own() -> None:
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return a
+
+    z = (torch.zeros(2, 3), torch.zeros(2, 1))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'") as caught:
+        spectral_radius(lambda s: inner(s), z)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'") as old:
+        get_deq()(lambda a, b: inner(a), z)
+    assert caught.value.__cause__ is None
+    assert old.value.__cause__ is None

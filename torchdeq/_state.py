@@ -220,7 +220,14 @@ class FlatMap:
         # Inference tensors count no versions; there the first call is compared by value.
         before = None if z.is_inference() else z._version
         kept = z.clone() if before is None and not self.checked else None
-        fz = self.layout.ravel(self.f(self.layout.unravel(z)))
+        tree = self.layout.unravel(z)
+        try:
+            image = self.f(tree)
+        except TypeError as error:
+            if hint := _of_several(self.f, tree):
+                raise TypeError(hint) from error
+            raise
+        fz = self.layout.ravel(image)
         self.checked = True
         if (before is not None and z._version != before) or (kept is not None and not torch.equal(z, kept)):
             raise RuntimeError(
@@ -251,6 +258,26 @@ class FlatMap:
 
     def __repr__(self) -> str:
         return f"FlatMap({self.f!r})"
+
+
+def _of_several(f: Callable[..., Any], tree: Tree) -> str:
+    """What to do, if f takes the tensors of a tuple state one by one; else nothing."""
+    if not isinstance(tree, tuple | list):
+        return ""
+    try:
+        signature = inspect.signature(f)
+        signature.bind(*tree)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(tree)
+    except TypeError:
+        return (
+            f"f takes {len(tree)} arguments, and is called with one: a state that is a {type(tree).__name__} comes as "
+            f"it is. Write f(state), or give lambda state: f(*state). Only the modules of get_deq hand a tuple or list "
+            f"over as several arguments."
+        )
+    return ""
 
 
 def takes_rows(f: Callable[..., Any]) -> bool:

@@ -253,7 +253,29 @@ class _Unpacked:
     func: Callable[..., Any]
 
     def __call__(self, z: Sequence[Any]) -> Any:
-        return self.func(*z)
+        try:
+            return self.func(*z)
+        except TypeError as error:
+            if self._takes_one(z):
+                raise TypeError(
+                    f"f takes one argument, and is called with {len(z)}: the modules of get_deq hand a tuple or list "
+                    f"over as several arguments. Write f(a, b, …), or give lambda *state: f(state); torchdeq.DEQ hands "
+                    f"it over as it is."
+                ) from error
+            raise
+
+    def _takes_one(self, z: Sequence[Any]) -> bool:
+        """Whether func takes the state as one argument, and not as several."""
+        try:
+            signature = inspect.signature(self.func)
+            signature.bind(z)
+        except (TypeError, ValueError):
+            return False
+        try:
+            signature.bind(*z)
+        except TypeError:
+            return True
+        return False
 
 
 class _Sampling(InheritedSampling, DEQBase):
@@ -455,12 +477,20 @@ def register_deq(deq_type: str, core: type[nn.Module]) -> None:
         deq_type: the name, for `core=…`.
         core: a class that is built as `core(args)`, where args is a `DEQConfig`.
 
+    Raises:
+        TypeError: the name is not a string, or core cannot be built.
+
     Example:
         >>> register_deq('mine', DEQIndexing)
         >>> type(get_deq(core='mine')).__name__
         'DEQIndexing'
         >>> _ = CORES.pop('mine')
     """
+    if not isinstance(deq_type, str) or not callable(core) or isinstance(core, nn.Module):
+        raise TypeError(
+            f"register_deq({deq_type!r}, {core!r}): expected a name and a class, not an object of one: get_deq builds "
+            f"it as core(args). Derive it from DEQBase, and define train_states or forward."
+        )
     CORES[deq_type] = core
 
 
@@ -505,6 +535,9 @@ def get_deq(args: Any = None, **kwargs: Any) -> Any:
 def reset_deq(model: nn.Module) -> None:
     """Begin a new solve: forget the masks of variational dropout. Call it before each training step.
 
+    Raises:
+        TypeError: `model` is no module.
+
     Example:
         >>> from torchdeq.dropout import VariationalDropout
         >>> model = VariationalDropout(0.5)
@@ -513,6 +546,11 @@ def reset_deq(model: nn.Module) -> None:
         >>> model.mask is None
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"reset_deq(model): model is a {type(model).__name__}; expected the torch.nn.Module that holds the layers "
+            f"of f."
+        )
     reset_dropout(model)
 
 

@@ -40,7 +40,7 @@ class VariationalDropout(nn.Module):
 
     Raises:
         ValueError: the probability is out of range; or the input no longer fits the mask that is held.
-        TypeError: the input holds integers.
+        TypeError: the probability is no number; or the input holds integers.
 
     Source: Gal and Ghahramani (2016), arXiv 1512.05287. The draws from the global generator of the CPU are those of
     torchdeq 0.1.0.
@@ -56,7 +56,14 @@ class VariationalDropout(nn.Module):
 
     def __init__(self, dropout: float = 0.5, *, generator: torch.Generator | None = None):
         super().__init__()
-        if not 0 <= dropout <= 1:
+        try:
+            within = 0 <= dropout <= 1
+        except TypeError:
+            raise TypeError(
+                f"{type(self).__name__}(dropout={dropout!r}): the probability of zeroing must be a number, got a "
+                f"{type(dropout).__name__}."
+            ) from None
+        if not within:
             raise ValueError(
                 f"{type(self).__name__}(dropout={dropout!r}): the probability of zeroing must lie in [0, 1]."
             )
@@ -172,6 +179,9 @@ def reset_dropout(model: nn.Module) -> None:
 
     Call it before each training step, and not before the backward pass of the step is over: that evaluates f again.
 
+    Raises:
+        TypeError: `model` is no module.
+
     Example:
         >>> drop = VariationalDropout(0.5)
         >>> _ = drop(torch.ones(2, 8))
@@ -179,6 +189,11 @@ def reset_dropout(model: nn.Module) -> None:
         >>> drop.mask is None
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"reset_dropout(model): model is a {type(model).__name__}; expected the torch.nn.Module that holds the "
+            f"dropout layers."
+        )
     for module in model.modules():
         if isinstance(module, VariationalDropout):
             module.mask = None

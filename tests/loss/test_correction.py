@@ -152,3 +152,26 @@ def test_what_it_cannot_use_is_said() -> None:
         fp_correction(torch.sum, ([],))
     with pytest.raises(TypeError, match="args is a Tensor"):
         fp_correction(torch.sum, STATES[0])
+
+
+def test_a_target_outside_of_args_is_an_error_that_does_not_print_it() -> None:
+    with pytest.raises(
+        TypeError, match=r"weight_func is a Tensor.*fp_correction\(crit, \(states, target\)\)"
+    ) as caught:
+        fp_correction(lambda z, y: (z - y).sum(), [torch.ones(50), torch.ones(50)], torch.full((50,), 7.0))
+    assert "7." not in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", [(1.0, 2.0), [1.0], {"a": 1.0}, None])
+def test_a_criterion_that_gives_no_number_is_an_error(loss: object) -> None:
+    """With a weight that is an integer a tuple would be repeated, and no error at all."""
+    with pytest.raises(TypeError, match=f"returned a {type(loss).__name__}; expected a tensor or a number"):
+        fp_correction(lambda z: loss, ([torch.ones(2)],), lambda n, k: 2)
+
+
+def test_a_criterion_without_a_reduction_is_summed_and_has_no_values() -> None:
+    states, crit = [torch.zeros(3), torch.ones(3)], torch.nn.MSELoss(reduction="none")
+    total = fp_correction(crit, (states, torch.tensor([0.0, 1.0, 3.0])))
+    assert torch.allclose(total, torch.tensor([1.0, 0.8, 0.8 * 9 + 4]))
+    with pytest.raises(ValueError, match=r"a tensor of the shape \(3,\).*expected one number"):
+        fp_correction(crit, (states, torch.ones(3)), return_loss_values=True)

@@ -38,3 +38,9 @@ def test_shapes(shape) -> None:
     assert mixed_init(shape, "cpu").shape == (4, 3)
     assert mixed_init(7).shape == (7,)
     assert mixed_init(()).shape == ()
+
+
+@pytest.mark.parametrize("shape", ["a", 0.5, (2, "3"), None, (2.0, 3)])
+def test_what_is_no_shape_is_refused(shape: object) -> None:
+    with pytest.raises(TypeError, match=r"mixed_init\(z_shape=.*expected a shape"):
+        mixed_init(shape)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torchdeq._state import Layout, Tree, layout_of, per_sample
 from torchdeq.solution import Solution
 from torchdeq.solver import Multisecant, SolverLoop
 from torchdeq.solver.base import flatten_map, unravel_solution
+from torchdeq.solver.registry import as_solver
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -32,7 +33,8 @@ class PathIndependence:
     Arguments:
         cosine: of the angle between the two solutions, per sample, (B,), float64; 1 if both are zero, 0 if one is.
         distance: ‖z₁ − z₂‖, relative to the longer of the two, (B,), float64.
-        apart: how far the second start was from z₁, likewise, (B,). Where it is near 0 an agreement says nothing.
+        apart: how far the second start was from z₁, likewise, (B,). Where it is near 0 an agreement says nothing, and
+            the line says so below 1e-3.
         solved: whether the sample converged from both starts, (B,), bool.
         first, second: the `Solution` from z0 and that from the other start.
 
@@ -69,10 +71,26 @@ class PathIndependence:
         )
         return (
             f"alignment {self.score:.4f} (least {least:.4f}), largest distance {farthest:.1e}, second start at least "
-            f"{nearest:.1e} away, {self.first.nfe} + {self.second.nfe} evaluations{out}"
+            f"{nearest:.1e} away, {self.first.nfe} + {self.second.nfe} evaluations{out}{self._untested()}"
         )
 
+    def _untested(self) -> str:
+        """Of samples whose second start was, to 0.1 %, the first solution: their agreement says nothing."""
+        count, same = int(self.solved.sum()), int((self.solved & (self.apart < 1e-3)).sum())
+        if not same:
+            return ""
+        which = (
+            "nothing was tested: the second start is the first solution"
+            if same == count
+            else f"{same} of {count} samples were not tested: their second start is the first solution"
+        )
+        return f"; {which}. Give start='random', or a state like z0"
+
     __repr__ = __str__
+
+
+#: Of a solver that is given by its name.
+_SETTINGS: dict[str, Any] = {"tol": 1e-4, "stop_mode": "rel", "max_iter": 200}
 
 
 @torch.no_grad()
@@ -80,7 +98,7 @@ def path_independence(
     f: Callable[[Tree], Tree],
     z0: Tree,
     *,
-    solver: SolverLoop = Multisecant(tol=1e-4, stop_mode="rel", max_iter=200),  # noqa: B008 - frozen
+    solver: SolverLoop | str = Multisecant(tol=1e-4, stop_mode="rel", max_iter=200),  # noqa: B008 - frozen
     start: Tree | Literal["others", "random"] = "others",
     batch_dims: int = 1,
     modules: nn.Module | Sequence[nn.Module] | None = None,
@@ -92,9 +110,11 @@ def path_independence(
     one from both. Both solves see the same f, buffers and random numbers, which are left as they were.
 
     Arguments:
-        f: the map; see `torchdeq.DEQ`.
+        f: the map; see `torchdeq.DEQ`. It takes one argument, a tuple state too; for an f of several, as `get_deq`
+            calls it, give `lambda z: f(*z)`.
         z0: the usual start, a tensor (B, …) or a pytree of such.
-        solver: solves twice; give that of your model, with a tolerance well below the differences that matter.
+        solver: solves twice; give that of your model, with a tolerance well below the differences that matter. A
+            name gets tol=1e-4, stop_mode="rel" and max_iter=200, as the default one has.
         start: the other start. 'others': the solution of the sample before it in the batch, and for the first that of
             the last. 'random': Gaussian numbers of the size of the sample's solution, or of the size 1 if that is zero.
             Or a state like z0.
@@ -106,7 +126,8 @@ def path_independence(
         A `PathIndependence`. Samples that did not converge from both starts are marked, and are not in its `score`.
 
     Raises:
-        ValueError: there is one sample only, and so no other's solution; or no start of that name.
+        ValueError: there is one sample only, and so no other's solution; or no start or solver of that name.
+        TypeError: solver is neither a solver nor a name; or f takes the tensors of a tuple state as several arguments.
 
     Example:
         >>> import torch
@@ -126,6 +147,11 @@ def path_independence(
         raise ValueError(
             f"path_independence: the state has {layout.batch} sample(s), so there is no solution of another sample to "
             f"begin at. Give start='random', or a state like z0."
+        )
+    solver = as_solver(solver, **_SETTINGS) if isinstance(solver, str) else solver
+    if not isinstance(solver, SolverLoop):
+        raise TypeError(
+            f"path_independence(solver={solver!r}): expected a solver, such as Anderson(tol=1e-5), or the name of one."
         )
     stateful = (modules,) if isinstance(modules, nn.Module) else modules
     with RandomState.capture(device).again():

@@ -80,7 +80,8 @@ def leading_eigenvalue(
     random start.
 
     Arguments:
-        f: the map, which must treat samples separately (or give batch_dims=0).
+        f: the map, which must treat samples separately (or give batch_dims=0). It takes one argument, a tuple state
+            too; for an f of several, as `get_deq` calls it, give `lambda z: f(*z)`.
         z: where to take the Jacobian, (B, …) or a pytree of such.
         steps: products with Jᵀ to make at most, at least 1.
         batch_dims: see `torchdeq.DEQ`.
@@ -90,6 +91,7 @@ def leading_eigenvalue(
 
     Raises:
         ValueError: a number is out of its range.
+        TypeError: f takes the tensors of a tuple state as several arguments.
 
     Source: Arnoldi (1951), doi 10.1090/qam/42792; Stewart (2001), doi 10.1137/S0895479800371529, for restarts.
 

@@ -91,9 +91,10 @@ def fp_correction(
         Python floats, which waits for the device once.
 
     Raises:
-        TypeError: `args` is no list or tuple, or the weight function has no such argument; the nearest is named.
-        ValueError: there is nothing to sum, a list has a length that does not divide the longest, or there is no
-            weight function of this name.
+        TypeError: `args` is no list or tuple; the weight function is neither a name nor a function, or has no such
+            argument, and the nearest is named; or the criterion gives neither a tensor nor a number.
+        ValueError: there is nothing to sum, a list has a length that does not divide the longest, there is no
+            weight function of this name, or the values are asked for where the criterion gives more than one number.
 
     Departure from torchdeq 0.1.0: that began a list again at its end whatever its length, so two targets for three
     states gave the third state the first target.
@@ -106,7 +107,7 @@ def fp_correction(
     """
     columns, n = _aligned(args)
     weight = _weight(weight_func, kwargs)
-    losses = [crit(*(column[k % len(column)] for column in columns)) for k in range(n)]
+    losses = [_checked(crit(*(column[k % len(column)] for column in columns)), crit) for k in range(n)]
     terms = [weight(n, k) * loss for k, loss in enumerate(losses)]
     total = sum(terms[1:], terms[0])
     return (total, _floats(losses)) if return_loss_values else total
@@ -138,6 +139,12 @@ def _aligned(args: Sequence[Any]) -> tuple[list[Sequence[Any]], int]:
 
 def _weight(weight_func: str | WeightFunc, kwargs: dict[str, Any]) -> Callable[[int, int], Any]:
     """The function (n, k) -> weight, its further arguments given."""
+    if not isinstance(weight_func, str) and not callable(weight_func):
+        raise TypeError(
+            f"fp_correction(crit, args, weight_func): weight_func is a {type(weight_func).__name__}; expected a name "
+            f"or a function (n, k) -> weight. All arguments of crit go into args, a tuple: "
+            f"fp_correction(crit, (states, target))."
+        )
     if callable(weight_func):
         func = weight_func
     elif weight_func in WEIGHTS:
@@ -173,7 +180,24 @@ def _arguments(func: WeightFunc) -> tuple[str, ...] | None:
     return tuple(p.name for p in parameters if p not in positional[:2] and p.kind is not p.VAR_POSITIONAL)
 
 
+def _checked(loss: Any, crit: Callable[..., Any]) -> Any:
+    """What the criterion gave, which must be something to add up."""
+    if loss is None or isinstance(loss, tuple | list | dict | str):
+        raise TypeError(
+            f"fp_correction(crit, args): crit={crit!r} returned a {type(loss).__name__}; expected a tensor or a "
+            f"number. Of several losses give their sum, as in lambda *args: sum(crit(*args))."
+        )
+    return loss
+
+
 def _floats(losses: list[Any]) -> list[float]:
     if all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
         return [float(x) for x in torch.stack([loss.detach().reshape(()) for loss in losses]).tolist()]
+    for loss in losses:
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(
+                f"fp_correction(return_loss_values=True): crit returned a tensor of the shape {tuple(loss.shape)}, and "
+                f"the values are Python floats; expected one number. Have crit take the mean, or leave "
+                f"return_loss_values out for a sum in that shape."
+            )
     return [float(loss) for loss in losses]

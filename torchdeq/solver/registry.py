@@ -45,6 +45,14 @@ SOLVERS: dict[str, type[SolverLoop] | SolverLoop | Callable[..., Any]] = {
 #: Hyperparameters under their 0.1.0 names.
 _OLD_NAMES = {"LBFGS_thres": "m"}
 
+#: Solvers without a name: they do not take any f, or need others. How to write one, and what it is for.
+_OBJECTS = {
+    "peacemanrachford": ("PeacemanRachford()", "monotone maps, as of MonotoneLinear"),
+    "forwardbackward": ("ForwardBackward()", "monotone maps, as of MonotoneLinear"),
+    "newtoncg": ("NewtonCG()", "minima"),
+    "fallback": ("Fallback(Multisecant(), NewtonKrylov())", "trying several solvers in turn"),
+}
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FunctionSolver(Solver):
@@ -120,6 +128,9 @@ def register_solver(solver_type: str, solver: type[SolverLoop] | SolverLoop | Ca
         solver: a `Solver` or `SolverModule` class, an object of one, or a function of torchdeq 0.1.0's form (see
             `FunctionSolver`).
 
+    Raises:
+        TypeError: the name is not a string, or the solver is none of these.
+
     Example:
         >>> register_solver('damped', FixedPointIteration(tau=0.5))
         >>> as_solver('damped', max_iter=10)
@@ -127,7 +138,15 @@ def register_solver(solver_type: str, solver: type[SolverLoop] | SolverLoop | Ca
         >>> _ = SOLVERS.pop('damped')
     """
     if not callable(solver):
-        raise TypeError(f"a solver must be a Solver or a function of torchdeq 0.1.0's form, got {solver!r}.")
+        raise TypeError(
+            f"register_solver({solver_type!r}, {solver!r}): expected a Solver, a Solver class, or a function of "
+            f"torchdeq 0.1.0's form, solver(f, x0, max_iter=…, tol=…, **kwargs), got a {type(solver).__name__}."
+        )
+    if not isinstance(solver_type, str):
+        raise TypeError(
+            f"register_solver({solver_type!r}, …): the name must be a string, and comes first: "
+            f"register_solver('mine', solver)."
+        )
     SOLVERS[solver_type] = solver
 
 
@@ -138,6 +157,11 @@ def look_up(name: str) -> Any:
         ValueError: there is none; the nearest name is given.
     """
     if name not in SOLVERS:
+        if (given := _OBJECTS.get(str(name).lower().replace("_", "").replace("-", ""))) is not None:
+            raise ValueError(
+                f"the solver {name!r} has no name: it is for {given[1]}, and is given as an object, DEQ({given[0]}) or "
+                f"get_deq(f_solver={given[0]}). Registered by name are {', '.join(SOLVERS)}."
+            )
         raise ValueError(
             f"there is no solver called {name!r}.{did_you_mean(name, SOLVERS)} Registered are {', '.join(SOLVERS)}; "
             f"register_solver adds to them."

@@ -30,6 +30,9 @@ def mixed_init(
         dtype: of real or complex numbers; None for the default one.
         generator: where the numbers come from; None for the global one of the device.
 
+    Raises:
+        TypeError: z_shape is no shape.
+
     Source: Anil et al. (2022), arXiv 2211.09961, section 5. The draws are those of torchdeq 0.1.0.
 
     Example:
@@ -37,7 +40,11 @@ def mixed_init(
         >>> z.shape, 0.45 < (z == 0).double().mean().item() < 0.55
         (torch.Size([100, 20]), True)
     """
-    shape = (z_shape,) if isinstance(z_shape, int) else tuple(z_shape)
-    z = torch.randn(shape, device=device, dtype=dtype, generator=generator)
+    shape = (z_shape,) if isinstance(z_shape, int) else z_shape
+    if not isinstance(shape, Sequence) or not all(hasattr(size, "__index__") for size in shape):
+        raise TypeError(
+            f"mixed_init(z_shape={z_shape!r}): expected a shape, such as (16, 32), or z.shape, or a number."
+        )
+    z = torch.randn(tuple(shape), device=device, dtype=dtype, generator=generator)
     real = z.real if z.is_complex() else z
     return z * torch.zeros_like(real).bernoulli_(0.5, generator=generator)
