@@ -40,6 +40,10 @@ class _Now(threading.local):
 _now = _Now()
 
 
+#: Where a tensor is: a module, and its name there.
+Place = tuple[nn.Module, str]
+
+
 class SharedList(ParametrizationList):
     """torch's list of a weight's parametrizations; where a solve is going on, that one is asked for the weight."""
 
@@ -59,6 +63,10 @@ class SharedList(ParametrizationList):
     def prepare(self) -> None:
         """Called when a solve begins, outside of any evaluation."""
 
+    def places(self) -> list[Place]:
+        """The parameters and buffers that the weight depends on."""
+        return [(m, name) for m in self.modules() for name in (*m._parameters, *m._buffers)]
+
 
 class Weights:
     """The parametrized weights among the modules of one f, for one solve.
@@ -69,10 +77,7 @@ class Weights:
     """
 
     def __init__(self, lists: Iterable[SharedList], buffers: Iterable[Buffer]):
-        owned: dict[int, list[Buffer]] = {}
-        for buffer in buffers:
-            for module in {module for module, _ in buffer.places}:
-                owned.setdefault(id(module), []).append(buffer)
+        owned = {(id(module), name): buffer for buffer in buffers for module, name in buffer.places}
         self.of = {id(one): _Weight(one, owned) for one in lists}
         self.again = in_backward()  # then the solve itself is one that is made again
         self.open = True
@@ -164,21 +169,19 @@ class _Weight:
 
     Arguments:
         one: its list.
-        owned: buffers by the id of the module that has them.
+        owned: buffers by their places, a module's id and a name.
     """
 
-    def __init__(self, one: SharedList, owned: dict[int, list[Buffer]]):
-        modules = list(one.modules())
+    def __init__(self, one: SharedList, owned: dict[tuple[int, str], Buffer]):
         self.list = one
-        self.buffers = list({id(b): b for m in modules for b in owned.get(id(m), ())}.values())
+        places = one.places()
+        self.buffers = list({id(b): b for m, name in places if (b := owned.get((id(m), name)))}.values())
         self.random = False
-        held = {(id(module), name) for buffer in self.buffers for module, name in buffer.places}
-        self._attributes = [module.__dict__ for module in modules]
-        self._tensors: list[tuple[dict[str, Any], str]] = [
-            *((m._parameters, name) for m in modules for name in m._parameters),
-            *((m._buffers, name) for m in modules for name in m._buffers if (id(m), name) not in held),
-        ]
-        tensors = [t for m in modules for d in (m._parameters, m._buffers) for t in d.values()]
+        self._attributes = [module.__dict__ for module in one.modules()]
+        dicts = [(m._parameters if name in m._parameters else m._buffers, m, name) for m, name in places]
+        tensors = [d[name] for d, _, name in dicts]
+        # A buffer that is held is as it was when the solve began.
+        self._tensors = [(d, name) for d, m, name in dicts if (id(m), name) not in owned]
         self.device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
         self._autocast = self.device.type if torch.amp.is_autocast_available(self.device.type) else None
 

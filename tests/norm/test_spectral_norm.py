@@ -43,7 +43,7 @@ def test_each_evaluation_in_training_mode_makes_power_iterations(steps):
     layer = nn.Linear(4, 3, dtype=F64)
     apply_norm(layer, "spectral_norm", n_power_iterations=steps)
     u = normalize(torch.randn(3, dtype=F64), dim=0)
-    layer.weight_u = u
+    layer.weight_u = u.clone()
     w = layer.weight_orig.detach()
     layer.eval()
     layer(torch.randn(2, 4, dtype=F64))

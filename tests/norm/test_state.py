@@ -224,15 +224,50 @@ def test_checkpoints_have_the_names_of_the_first_version(kind, options, names):
         model.load_state_dict({**other, "0.weight_x": torch.ones(1)})
 
 
-@BOTH
-def test_checkpoints_in_torchs_names_are_loaded_too(kind):
+@pytest.mark.parametrize(
+    ("kind", "torchs"),
+    [
+        ("weight_norm", {"weight_g": "original0", "weight_v": "original1"}),
+        (
+            "spectral_norm",
+            {"weight_orig": "original", "weight_g": "0.g", "weight_u": "0.u", "weight_v": "0.v"},
+        ),
+    ],
+)
+def test_checkpoints_in_torchs_names_are_loaded_too(kind, torchs):
     layer = layer_of(kind)
-    own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    assert any("parametrizations" in name for name in own)
-    other = {name: torch.rand_like(t) for name, t in own.items()}
-    layer.load_state_dict(other)
-    assert all(torch.equal(own[name], t) for name, t in other.items())
+    other = {name: torch.rand_like(t) for name, t in layer.state_dict().items()}
+    layer.load_state_dict(
+        {f"parametrizations.weight.{torchs[n]}" if n in torchs else n: t for n, t in other.items()}
+    )
+    assert all(torch.equal(t, other[name]) for name, t in layer.state_dict().items())
     assert up_to_date(layer)
+
+
+@BOTH
+def test_parameters_have_the_names_that_they_have_in_checkpoints(kind):
+    layer = layer_of(kind)
+    names = {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
+    assert names == set(layer.state_dict())
+    assert type(layer).__name__ == "Linear"
+    assert parametrize.is_parametrized(layer, "weight")
+    assert layer.parametrizations.weight[0] is layer.parametrizations.weight.norm
+
+
+@BOTH
+def test_functional_call_takes_a_checkpoint_and_leaves_the_layer_as_it_was(kind):
+    layer, other = layer_of(kind).eval(), layer_of(kind).eval()
+    with torch.no_grad():
+        other.weight_g.mul_(3)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    kept, x = dict(layer.named_parameters()), torch.ones(1, 4, dtype=F64)
+    got = torch.func.functional_call(layer, other.state_dict(), (x,))
+    assert torch.equal(got, other(x))
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    assert all(p is kept[name] for name, p in layer.named_parameters())
+    g = layer.weight_g.detach()
+    loss = lambda g: torch.func.functional_call(layer, {"weight_g": g}, (x,)).sum()  # noqa: E731
+    assert torch.allclose(torch.func.grad(loss)(g), torch.autograd.grad(layer(x).sum(), layer.weight_g)[0])
 
 
 @BOTH
@@ -373,12 +408,13 @@ def test_reading_keeps_no_graph():
     assert handed.grad_fn is None
 
 
-def test_parts_can_be_set():
+def test_a_part_can_be_replaced():
     layer = layer_of("weight_norm")
-    g = layer.weight_g
-    layer.weight_g = nn.Parameter(torch.full((4, 1), 2.0))
-    assert layer.weight_g is g
+    layer.weight_g = new = nn.Parameter(torch.full((4, 1), 2.0, dtype=F64))
+    assert dict(layer.named_parameters())["weight_g"] is new
     assert torch.allclose(layer.weight.norm(dim=1), torch.full((4,), 2.0, dtype=F64))
+    layer(torch.ones(1, 4, dtype=F64)).sum().backward()
+    assert new.grad is not None
     layer.other = 3
     layer.child = nn.ReLU()
     assert layer.other == 3

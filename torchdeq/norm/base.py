@@ -9,13 +9,26 @@ so it is never out of date. Within a solve of `DEQ` it is computed once.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from torchdeq._replay import AutocastState
+
+
+class Home(NamedTuple):
+    """Where a normalised weight is: the layer has its parts as `weight_g` and so on, of which torch knows."""
+
+    layer: nn.Module
+    name: str
+
+    def part(self, part: str) -> Tensor:
+        """A parameter or buffer of the layer."""
+        found: Tensor = getattr(self.layer, f"{self.name}_{part}")
+        return found
+
 
 _HALF = (torch.float16, torch.bfloat16)
 Target = tuple[str | list[str], int | list[int]] | None
@@ -81,13 +94,23 @@ class Norm(nn.Module):
         """The normalisation of this weight."""
         return cls(dim=dim, **options)
 
-    def originals(self, weight: nn.Parameter) -> tuple[nn.Parameter, ...]:
-        """The parameters from which the weight is computed, `weight` itself the last of them."""
-        return (weight,)
+    #: The layer, once the parts are there. Until then they are the normalisation's own.
+    home: Home | None = None
+
+    def originals(self) -> tuple[str, ...]:
+        """Which parts the weight is computed from by `forward`, the weight that was there before the last of them."""
+        raise NotImplementedError(f"{type(self).__name__} must define originals.")
+
+    def check(self, weight: Tensor) -> None:
+        """Raise a ValueError if this weight cannot be normalised."""
 
     def parts(self) -> dict[str, str]:
-        """What checkpoints of 0.1.0 call `weight_…`: where it is found from the list of parametrizations."""
+        """All parts, what checkpoints of 0.1.0 call `weight_…`, and how torch calls them from its list."""
         raise NotImplementedError(f"{type(self).__name__} must define parts.")
+
+    def release(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        """The parts for this weight, in the order in which 0.1.0 has them, to be the layer's."""
+        raise NotImplementedError(f"{type(self).__name__} must define release.")
 
     def factor(self, g: Tensor | None, size: Tensor) -> Tensor:
         """min(c, g / size). For g None it is the target norm; in the precision of size."""

@@ -9,7 +9,6 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchdeq.norm.base import Norm
-from torchdeq.norm.lists import NormedList
 from torchdeq.norm.modules import attach, lists_of, parametrizations_of
 
 _Place = tuple[nn.Module, str, int]
@@ -30,7 +29,8 @@ def normalise(
     """
     names, dims = options.pop("names", None), options.pop("dims", None)
     lists = {id(one.weight): one for module in model.modules() for one in lists_of(module).values()}
-    plan: list[tuple[_Place, Norm | NormedList]] = []
+    plan: list[tuple[_Place, Norm]] = []
+    normed: dict[int, Norm] = {key: one.norm for key, one in lists.items()}
     for module in modules:
         target = _target(module, norm_class)
         if target is None:
@@ -44,20 +44,20 @@ def normalise(
                 continue
             weight = _weight(place)
             norm = norm_class.made_for(weight, dim % weight.dim(), **options)
-            tied = lists.get(id(weight))
-            if tied and (type(tied.norm) is not type(norm) or tied.norm.options() != norm.options()):
+            tied = normed.setdefault(id(weight), norm)
+            if type(tied) is not type(norm) or tied.options() != norm.options():
                 raise ValueError(
-                    f"{_where(place)} is shared with another layer, where it has {tied.norm!r}; here it would have "
+                    f"{_where(place)} is shared with another layer, where it has {tied!r}; here it would have "
                     f"{norm!r}. A shared weight has one normalisation: leave one of the layers out with filter_out."
                 )
-            one = NormedList(norm.train(module.training), weight, tied)
-            lists.setdefault(id(weight), one)
-            plan.append((place, one))
-    for (module, name, _), made in plan:
-        if isinstance(made, NormedList):
-            attach(module, name, made)
+            norm.check(weight)
+            plan.append((place, norm.train(module.training)))
+    for (module, name, _), norm in plan:
+        if parametrize.is_parametrized(module, name):
+            parametrizations_of(module)[name].append(norm)  # type: ignore[operator]
         else:
-            parametrizations_of(module)[name].append(made)  # type: ignore[operator]
+            key = id(module._parameters[name])
+            lists[key] = attach(module, name, norm, lists.get(key))
     return len(plan)
 
 
@@ -104,7 +104,8 @@ def _on_top(place: _Place, norm_class: type[Norm], options: dict[str, Any]) -> N
         )
     weight = getattr(module, name).detach()
     norm = norm_class.made_for(weight, dim % weight.dim(), **options)
-    if len(norm.originals(nn.Parameter(weight))) > 1:
+    norm.check(weight)
+    if len(norm.originals()) > 1:
         raise ValueError(
             f"{_where(place)} is parametrized already, and weight normalisation with a learned scale must come first: "
             f"call apply_norm before registering the parametrization. Or use learn_scale=False, or 'spectral_norm'."

@@ -1,7 +1,8 @@
 """The list of parametrizations of a normalised weight: what it is computed from, and what was written to it.
 
-Its originals are the parameters that were there before, so that an optimiser made earlier, or another module that
-shares one, keeps them.
+The parameters and buffers are those of the layer, under the names that they have in torchdeq 0.1.0: `weight_g`,
+`weight_v` and so on. Whoever looks for parameters by name, sets one, or exchanges them for others, finds an ordinary
+layer.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdeq._modes import in_dual_level, in_transform
-from torchdeq._weights import SharedList, is_held
-from torchdeq.norm.base import Norm
+from torchdeq._weights import Place, SharedList, is_held
+from torchdeq.norm.base import Home, Norm
 
 
 class NormedList(SharedList):
@@ -23,26 +24,20 @@ class NormedList(SharedList):
 
     Arguments:
         norm: the normalisation.
-        weight: the parameter.
-        tied: the list of another module that has the same parameter, and so has all of it. Not one list for both: a
-            module in two places is more than `torch.func.functional_call` can put back.
+        home: the layer and the name of the weight. The layer has the parts already.
     """
 
-    names: tuple[str, ...]
-
-    def __init__(self, norm: Norm, weight: nn.Parameter, tied: NormedList | None = None):
-        if tied is None:
-            originals = norm.originals(weight)
-        else:
-            originals = tuple(getattr(tied, name) for name in tied.names)
-            norm._parameters.update(tied.norm._parameters)
-            norm._buffers.update(tied.norm._buffers)
-        nn.ModuleList.__init__(self, [norm])  # not torch's __init__, which would make other parameters
+    def __init__(self, norm: Norm, home: Home):
+        nn.ModuleList.__init__(self, [norm])  # not torch's __init__, which would make parameters of its own
         self.unsafe = False
-        self.is_tensor, self.ntensors = len(originals) == 1, len(originals)
-        self.names = ("original",) if self.is_tensor else tuple(f"original{i}" for i in range(len(originals)))
-        for name, original in zip(self.names, originals, strict=True):
-            self.register_parameter(name, original)
+        self.names = norm.originals()
+        self.is_tensor, self.ntensors = len(self.names) == 1, len(self.names)
+        self.move_to(home)
+
+    def move_to(self, home: Home) -> None:
+        """Look for the parts in another layer: a replica has this list, and tensors of its own."""
+        # Past torch's __setattr__, to which a layer within would be a module within.
+        self.__dict__["home"] = self.norm.__dict__["home"] = home
 
     @property
     def norm(self) -> Norm:
@@ -52,14 +47,20 @@ class NormedList(SharedList):
     @property
     def weight(self) -> nn.Parameter:
         """The parameter that was there before."""
-        return self._parameters[self.names[-1]]  # type: ignore[return-value]
+        return self.home.part(self.names[-1])
 
-    def part(self, name: str) -> Tensor:
-        """What 0.1.0 calls `weight_{name}`."""
-        found: Any = self
-        for step in self.norm.parts()[name].split("."):
-            found = getattr(found, step)
-        return found
+    def __getattr__(self, name: str) -> Any:
+        """`original`, `original0`, …: what torch calls the parameters."""
+        stem, number = name[:8], name[8:]
+        names = self.__dict__.get("names", ())
+        if stem == "original" and (number.isdigit() if len(names) > 1 else not number):
+            return self.home.part(names[int(number or 0)])
+        return super().__getattr__(name)
+
+    def places(self) -> list[Place]:
+        """See `SharedList`; those in the layer too."""
+        layer, name = self.home
+        return [*super().places(), *((layer, f"{name}_{part}") for part in self.norm.parts())]
 
     def handed_out(self) -> Tensor:
         """The weight, for whoever reads it. What is written to it is noticed when it is read again."""
@@ -106,7 +107,7 @@ class NormedList(SharedList):
                 )
             values = inverse(values)
         for name, new in zip(self.names, (values,) if self.is_tensor else values, strict=True):
-            getattr(self, name).copy_(new)  # into the parameter: what shares its memory goes on to
+            self.home.part(name).copy_(new)  # into the parameter: what shares its memory goes on to
 
     def final(self) -> Tensor:
         """The weight as it is, without a graph, and without another power iteration."""
@@ -119,8 +120,7 @@ class NormedList(SharedList):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.prepare()
-        return self.__dict__
+        return {name: value for name, value in self.__dict__.items() if name != "_handed"}
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Modules with normalised weights: their class, and how they are saved.
+"""Modules with normalised weights: their class.
 
 As in `torch.nn.utils.parametrize`, a module gets a class of its own, derived from the one it had, in which the weight
-is a property. Its checkpoints have the names of torchdeq 0.1.0: `weight_g` rather than
-`parametrizations.weight.original0`. Both are loaded. Unlike with torch's class, the module can be pickled.
+is a property. Unlike with torch's class, its parameters stay its own, and it can be pickled.
 """
 
 from __future__ import annotations
@@ -13,33 +12,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from torchdeq.norm.base import Home, Norm
 from torchdeq.norm.lists import NormedList
 
-Names = tuple[
-    tuple[str, tuple[str, ...]], ...
-]  # of weights, and what is there of each: ("weight", ("g", "v"))
 
+def attach(module: nn.Module, name: str, norm: Norm, tied: NormedList | None) -> NormedList:
+    """Make the parameter `name` of a module a normalised weight.
 
-def attach(module: nn.Module, name: str, one: NormedList) -> None:
-    """Make the parameter `name` of a module the weight of a list."""
-    base = _base(module)
+    Arguments:
+        module, name: where.
+        norm: the normalisation.
+        tied: that of another module which has the same parameter, and so has all parts of it.
+    """
+    weight, base = module._parameters[name], _base(module)
+    assert weight is not None
+    own = norm.release(weight)
     if not parametrize.is_parametrized(module):
         module.parametrizations = nn.ModuleDict()
-        # First, so that parameters come in the order that they have in 0.1.0, by which optimisers save.
-        inner = module._modules
-        for other in [key for key in inner if key != "parametrizations"]:
-            inner[other] = inner.pop(other)
     delattr(module, name)
-    parametrizations_of(module)[name] = one
-    module.__class__ = _class(base, _names(module))
+    for part, tensor in own.items():
+        tensor = tensor if tied is None else tied.home.part(part)
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(f"{name}_{part}", tensor)
+        else:
+            module.register_buffer(f"{name}_{part}", tensor)
+    one = parametrizations_of(module)[name] = NormedList(norm, Home(module, name))
+    module.__class__ = _class(base, tuple(parametrizations_of(module)))
+    return one
 
 
 def detach(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Make it a plain parameter again."""
     parametrizations, base = parametrizations_of(module), _base(module)
+    for part in lists_of(module)[name].norm.parts():
+        delattr(module, f"{name}_{part}")
     del parametrizations[name]
     if len(parametrizations):
-        module.__class__ = _class(base, _names(module))
+        module.__class__ = _class(base, tuple(parametrizations))
     else:
         del module.parametrizations
         module.__class__ = base
@@ -64,36 +73,32 @@ def _base(module: nn.Module) -> type[nn.Module]:
     return own or parametrize.type_before_parametrizations(module)
 
 
-def _names(module: nn.Module) -> Names:
-    return tuple(
-        (name, tuple(one.norm.parts()) if isinstance(one, NormedList) else ())
-        for name, one in parametrizations_of(module).items()
-    )
+def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The class of one module. Not shared: torch changes it when a parametrization is added or removed.
 
-
-def _class(base: type[nn.Module], names: Names) -> type[nn.Module]:
-    """The class of one module. Not shared: torch changes it when a parametrization is added or removed."""
+    It has the name of the class that was there, as in 0.1.0 the module had that class.
+    """
     members: dict[str, Any] = {
         "_before_norm": base,
+        "_normed": frozenset(names),
         "__doc__": base.__doc__,
         "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
         "__reduce_ex__": _reduce,
         "__setattr__": _set,
+        "_apply": _apply,
         "state_dict": _state_dict,
         "_load_from_state_dict": _load,
     }
-    normed: dict[str, Any] = {}
-    for name, parts in names:
-        normed[name] = _weight(name)
-        normed |= {f"{name}_{part}": _part(name, part) for part in parts}
-    members |= {**normed, "_normed": frozenset(normed)}
-    return type(f"Parametrized{base.__name__}", (base,), members)
+    return type(base.__name__, (base,), {**members, **{name: _weight(name) for name in names}})
 
 
 def _weight(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         one: Any = parametrizations_of(self)[name]
         own = isinstance(one, NormedList)
+        if own and one.home.layer is not self:
+            one.move_to(Home(self, name))
         if not parametrize._cache_enabled or torch.compiler.is_compiling():
             return one.handed_out() if own else one()
         key: Any = (id(one), name)
@@ -109,17 +114,6 @@ def _weight(name: str) -> property:
     return property(read, write, doc=f"The parametrized {name}.")
 
 
-def _part(name: str, part: str) -> property:
-    def read(self: nn.Module) -> Tensor:
-        return lists_of(self)[name].part(part)
-
-    def write(self: nn.Module, value: Tensor) -> None:
-        with torch.no_grad():
-            read(self).copy_(value)
-
-    return property(read, write, doc=f"{part} of the normalised {name}.")
-
-
 def _set(self: Any, name: str, value: Any) -> None:
     """A parameter that is given for a weight sets it, rather than to be registered."""
     if name in self._normed:
@@ -128,45 +122,49 @@ def _set(self: Any, name: str, value: Any) -> None:
         self._before_norm.__setattr__(self, name, value)
 
 
+def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+    """See `torch.nn.Module._apply`. Buffers stay the same tensors, as parameters do: layers that share a weight
+    share them."""
+    shared: dict[str, Any] = {
+        f"{name}_{part}": one.home.part(part)
+        for name, one in lists_of(self).items()
+        for part in one.norm.parts()
+        if f"{name}_{part}" in self._buffers
+    }
+    self._before_norm._apply(self, fn, recurse)
+    for name, buffer in shared.items():
+        new = self._buffers[name]
+        if torch._has_compatible_shallow_copy_type(buffer, new):
+            buffer.data = new
+            self._buffers[name] = buffer
+    return self
+
+
 def _reduce(self: Any, protocol: Any) -> Any:
     """For pickle and copy: a class is made where the module is, and the rest is state."""
-    return _rebuilt, (self._before_norm, _names(self)), self.__getstate__()
+    for one in lists_of(self).values():
+        one.prepare()
+    return _rebuilt, (self._before_norm, tuple(parametrizations_of(self))), self.__getstate__()
 
 
-def _rebuilt(base: type[nn.Module], names: Names) -> nn.Module:
+def _rebuilt(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     cls = _class(base, names)
     return cls.__new__(cls)
 
 
-def _state_dict(
-    self: Any, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
-) -> Any:
-    """See `torch.nn.Module.state_dict`; in the names of 0.1.0."""
-    if len(args) > 1:
-        prefix = args[1]
+def _state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """See `torch.nn.Module.state_dict`."""
     for one in lists_of(self).values():
         one.prepare()
-    found = self._before_norm.state_dict(
-        self, *args, destination=destination, prefix=prefix, keep_vars=keep_vars
-    )
-    for old, new in _renamed(self, prefix):
-        if new in found:
-            found[old] = found.pop(new)
-    return found
+    return self._before_norm.state_dict(self, *args, **kwargs)
 
 
 def _load(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
-    for one in lists_of(self).values():
+    """See `torch.nn.Module._load_from_state_dict`. Checkpoints of torch's own parametrizations are loaded too."""
+    for name, one in lists_of(self).items():
         one.prepare()
-    for old, new in _renamed(self, prefix):
-        if old in state_dict:
-            state_dict[new] = state_dict.pop(old)
+        for part, path in one.norm.parts().items():
+            torchs = f"{prefix}parametrizations.{name}.{path}"
+            if torchs in state_dict:
+                state_dict[f"{prefix}{name}_{part}"] = state_dict.pop(torchs)
     self._before_norm._load_from_state_dict(self, state_dict, prefix, *args)
-
-
-def _renamed(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
-    return [
-        (f"{prefix}{name}_{part}", f"{prefix}parametrizations.{name}.{path}")
-        for name, one in lists_of(module).items()
-        for part, path in one.norm.parts().items()
-    ]

@@ -10,7 +10,7 @@ Source: Miyato, Kataoka, Koyama and Yoshida (2018), arXiv 1802.05957, algorithm 
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,40 +102,49 @@ class SpectralNorm(Norm):
         with without_autocast(w):
             matrix = self.matrix(w)
             # The graph sees copies: the buffers are written to at the next evaluation.
-            u, v = self._stepped(matrix) if self._steps() else (wide(self.u).clone(), wide(self.v).clone())
+            u, v = (
+                self._stepped(matrix)
+                if self._steps()
+                else (wide(self.part("u")).clone(), wide(self.part("v")).clone())
+            )
             sigma = torch.dot(u, torch.mv(matrix, v))
-            return (wide(w) * self.factor(self.g, sigma)).to(w.dtype)
+            return (wide(w) * self.factor(self.part("g"), sigma)).to(w.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """w of a given weight, with a scale that gives the same weight, if it is learned."""
         sigma = self._warmed(self.matrix(weight))
-        if self.g is None:
+        g = self.part("g")
+        if g is None:
             return weight
         with torch.no_grad():
-            self.g.copy_(sigma.expand_as(self.g))
+            g.copy_(sigma.expand_as(g))
         return weight / self._spare
+
+    def originals(self) -> tuple[str, ...]:
+        """The weight."""
+        return ("orig",)
 
     def parts(self) -> dict[str, str]:
         """weight_orig, weight_g, and the buffers weight_u and weight_v."""
         scale = {"g": "0.g"} if self.learn_scale else {}
         return {"orig": "original", **scale, "u": "0.u", "v": "0.v"}
 
+    def release(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        """The weight itself, g, u and v, which are this module's no longer."""
+        own = {name: tensor for name in ("g", "u", "v") if (tensor := self.part(name)) is not None}
+        for name in ("g", "u", "v"):
+            delattr(self, name)
+        return {"orig": weight, **own}
+
+    def part(self, name: str) -> Any:
+        """g, which may be None, u or v, wherever it is."""
+        if self.home is None:
+            return getattr(self, name)
+        return self.home.part(name) if name in self.parts() else None
+
     def matrix(self, w: Tensor) -> Tensor:
         """w as a matrix (outputs, all others), in at least float32."""
         return wide(w).movedim(self.dim, 0).flatten(1) if w.dim() > 1 else wide(w)[:, None]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        shared: Any = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for (
-            name,
-            buffer,
-        ) in shared.items():  # the same tensors, as for parameters: a layer with this weight has them too
-            new: Any = self._buffers[name]
-            if torch._has_compatible_shallow_copy_type(buffer, new):
-                buffer.data = new
-                self._buffers[name] = buffer
-        return self
 
     def _steps(self) -> bool:
         return self.training and (torch.compiler.is_compiling() or not (in_transform() or recomputed()))
@@ -143,9 +152,9 @@ class SpectralNorm(Norm):
     @torch.no_grad()
     def _stepped(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """u and v after the power iterations of one evaluation; the buffers hold them too."""
-        u, v = self._iterated(matrix, wide(self.u), self.n_power_iterations)
-        self.u.copy_(u)
-        self.v.copy_(v)
+        u, v = self._iterated(matrix, wide(self.part("u")), self.n_power_iterations)
+        self.part("u").copy_(u)
+        self.part("v").copy_(v)
         return u, v
 
     def _iterated(self, matrix: Tensor, u: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +167,7 @@ class SpectralNorm(Norm):
     def _warmed(self, matrix: Tensor) -> Tensor:
         """σ of a matrix that the vectors do not know yet; they know it afterwards."""
         with without_autocast(matrix):
-            u, v = self._iterated(matrix, wide(self.u), _WARM)
+            u, v = self._iterated(matrix, wide(self.part("u")), _WARM)
             sigma = torch.dot(u, torch.mv(matrix, v))
             if not matrix.is_meta and not bool(sigma > 0):  # u was orthogonal to all columns, or never set
                 u = matrix[:, matrix.square().sum(0).argmax()]
@@ -170,6 +179,6 @@ class SpectralNorm(Norm):
                 f"{tuple(matrix.shape)} as a matrix, is all zero. Begin with small random weights, or leave this layer "
                 f"out with filter_out."
             )
-        self.u.copy_(u)
-        self.v.copy_(v)
+        self.part("u").copy_(u)
+        self.part("v").copy_(v)
         return sigma

@@ -49,17 +49,23 @@ class WeightNorm(Norm):
             return weight
         return size.to(weight.real.dtype), weight / self._spare
 
-    def originals(self, weight: nn.Parameter) -> tuple[nn.Parameter, ...]:
-        """(g, v), v the weight itself; or v alone."""
-        size = self._checked(weight.detach())
-        if not self.learn_scale:
-            return (weight,)
-        g = nn.Parameter(size.to(weight.real.dtype), weight.requires_grad)
-        return (g, weight)
+    def originals(self) -> tuple[str, ...]:
+        """g and v, or v alone."""
+        return ("g", "v") if self.learn_scale else ("v",)
+
+    def check(self, weight: Tensor) -> None:
+        """No output may have weights that are all zero."""
+        self._checked(weight.detach())
 
     def parts(self) -> dict[str, str]:
         """weight_g and weight_v."""
         return {"g": "original0", "v": "original1"} if self.learn_scale else {"v": "original"}
+
+    def release(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        """g as it is for this weight, and v, the weight itself."""
+        size = self._checked(weight.detach())
+        g = {"g": nn.Parameter(size.to(weight.real.dtype), weight.requires_grad)} if self.learn_scale else {}
+        return {**g, "v": weight}
 
     def size(self, v: Tensor) -> Tensor:
         """‖v‖ of each output, of the shape of v but for ones in the other dimensions, in at least float32."""
