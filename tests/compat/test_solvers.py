@@ -232,7 +232,7 @@ def test_a_core_of_ones_own(old, solver, several, training):
     for lib in (torchdeq, old):
         lib.core.register_deq("restarted", own_core(lib))
         f, written = small(), []
-        deq = lib.get_deq(TIGHT, core="restarted", f_solver=solver, restarts=3).train(training)
+        deq = lib.get_deq(dict(TIGHT), core="restarted", f_solver=solver, restarts=3).train(training)
         assert deq.restarts == 3, "an option of the class's own, by keyword"
         start = start_of_two(f) if several else f.z0
         states, info = deq(in_two(f) if several else f, start, backward_writer=written.append)
