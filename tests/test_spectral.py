@@ -147,3 +147,58 @@ def test_an_error_from_within_f_is_its_own() -> None:
         get_deq()(lambda a, b: inner(a), z)
     assert caught.value.__cause__ is None
     assert old.value.__cause__ is None
+
+
+def test_in_inference_mode_it_is_the_same() -> None:
+    """Where autograd records nothing, J is not zero for that."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm1d(4)
+    norm(torch.randn(8, 4))
+    layer = torch.nn.Sequential(
+        torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4)), norm
+    ).eval()
+    x, z = torch.randn(3, 4), torch.zeros(3, 4)
+
+    def f(z: Tensor) -> Tensor:
+        return torch.tanh(0.7 * layer(z) + x)
+
+    wanted = spectral_radius(f, z)
+    _, info = get_deq(f_tol=1e-6).eval()(f, z, sradius_mode=True)
+    assert (wanted > 0.1).all()
+    with torch.inference_mode():
+        assert torch.allclose(spectral_radius(f, z.clone()), wanted, rtol=1e-5)
+        assert leading_eigenvalue(lambda z: 0.95 * z, torch.ones(1, 3)).value.item() == pytest.approx(0.95)
+        _, inside = get_deq(f_tol=1e-6).eval()(f, z, sradius_mode=True)
+    assert torch.allclose(inside["sradius"], info["sradius"], rtol=1e-4)
+
+
+def test_a_tensor_made_in_inference_mode_that_f_multiplies_by_is_named_as_the_cause() -> None:
+    with torch.inference_mode():
+        gain = torch.ones(1, 3)
+        with pytest.raises(RuntimeError, match="Inference tensors") as caught:
+            spectral_radius(lambda z: gain * z, torch.ones(1, 3))
+    assert "under torch.no_grad() instead" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("way", ["no_grad", "detach", "detach beside weights"])
+def test_what_autograd_does_not_see_is_an_error_and_not_zero(way: str) -> None:
+    w = torch.eye(3, dtype=F64, requires_grad=True)
+    hidden = {
+        "no_grad": torch.no_grad()(lambda z: 0.9 * z),
+        "detach": lambda z: 0.9 * z.detach(),
+        "detach beside weights": lambda z: z.detach() @ w,
+    }[way]
+    z = torch.zeros(2, 3, dtype=F64)
+    with pytest.raises(ValueError, match=r"f\(z\) depends on z, but autograd does not know it.*no_grad"):
+        leading_eigenvalue(hidden, z)
+    with pytest.raises(ValueError, match="depends on z, but autograd"):
+        get_deq().eval()(hidden, z, sradius_mode=True)
+
+
+def test_a_constant_f_has_radius_zero_though_it_is_noisy_or_changes_buffers() -> None:
+    norm, w = torch.nn.BatchNorm1d(3, momentum=0.5), torch.randn(4, 3, generator=seeded())
+    w.requires_grad_()
+    for f in (lambda z: norm(w), lambda z: torch.nn.functional.dropout(w), lambda z: torch.rand(4, 3)):
+        norm.reset_running_stats()
+        assert torch.equal(spectral_radius(f, torch.zeros(4, 3)), torch.zeros(4))
+        assert norm.num_batches_tracked <= 1  # the call of f itself

@@ -59,6 +59,17 @@ def test_without_grad_mode_it_is_the_value_alone() -> None:
     assert got == ritual(f, z, generator=seeded())
 
 
+def test_in_inference_mode_it_is_the_value_alone() -> None:
+    f = TanhMap.make(n=4, batch=2, gain=0.5)
+    for deq in (DEQ(), DEQ(hold_noise=True), get_deq()):
+        with torch.inference_mode():
+            found, _ = deq.eval()(f, torch.zeros(2, 4, dtype=F64))
+            z = found[-1] if isinstance(found, list) else found
+            got = deq_jac_loss(deq, f, z, generator=seeded())
+        assert not got.requires_grad
+        assert got == ritual(f, z.clone(), generator=seeded())
+
+
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_a_tuple_state_is_several_arguments_for_get_deq_and_one_for_DEQ(kind) -> None:
     a, b = torch.tensor(0.5, dtype=F64, requires_grad=True), torch.tensor(0.25, dtype=F64, requires_grad=True)

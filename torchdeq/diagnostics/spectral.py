@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdeq._replay import AutocastState
+from torchdeq._held import hold
+from torchdeq._replay import AutocastState, RandomState
 from torchdeq._ritz import leading_ritz
-from torchdeq._state import FlatMap, Tree, layout_of
+from torchdeq._state import FlatMap, Layout, Tree, layout_of
 
 
 class LeadingEigenvalue(NamedTuple):
@@ -54,6 +55,8 @@ def spectral_radius(
     Returns:
         (B,), zero where J is zero.
 
+    Raises: see `leading_eigenvalue`.
+
     Example:
         >>> import math
         >>> turn = 0.9 * torch.tensor([[0.5, -math.sqrt(0.75)], [math.sqrt(0.75), 0.5]])
@@ -89,8 +92,12 @@ def leading_eigenvalue(
             the best 30 % of it.
         generator: for the random start; None for the global one.
 
+    In inference mode and under `no_grad` f is evaluated with a graph all the same. What f has from elsewhere must not
+    have been made in inference mode, if its derivative is a product with it.
+
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or f depends on z and autograd sees nothing of it.
+        RuntimeError: f needs a tensor that was made in inference mode.
         TypeError: f takes the tensors of a tuple state as several arguments.
 
     Source: Arnoldi (1951), doi 10.1090/qam/42792; Stewart (2001), doi 10.1137/S0895479800371529, for restarts.
@@ -117,19 +124,71 @@ def _leading(
         raise ValueError(f"{name}(steps={steps}): expected at least 1 product with Jᵀ.")
     if m < 8:
         raise ValueError(f"{name}(m={m}): expected at least 8 vectors, the state's size each.")
-    layout = layout_of(z, batch_dims)
-    with torch.enable_grad():
+    # The caller may be in inference mode, where nothing has a graph.
+    with torch.inference_mode(False), torch.enable_grad():
+        layout = layout_of(z, batch_dims)
         at = layout.ravel(z, source="z").detach().clone().requires_grad_()
-        image = FlatMap(f, layout)(at)
-    start = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
-    if not image.requires_grad or at.numel() == 0:
-        zero = at.new_zeros(at.shape[0])
-        return LeadingEigenvalue(torch.complex(zero, zero), zero, 0)
+        image = _evaluated(FlatMap(f, layout), at, name)
+        start = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
+        if at.numel() == 0:
+            zero = at.new_zeros(at.shape[0])
+            return LeadingEigenvalue(torch.complex(zero, zero), zero, 0)
+        if not image.requires_grad or _vjp(image, at, start) is None:
+            if _depends(f, layout, at.detach()):
+                raise ValueError(_HIDDEN.format(name=name))
+            zero = at.new_zeros(at.shape[0])
+            return LeadingEigenvalue(torch.complex(zero, zero), zero, 0)
 
     def transposed(u: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(image, at, u, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if product is None else product
+        product = _vjp(image, at, u)
+        assert product is not None  # seen above
+        return product
 
     with torch.no_grad(), AutocastState.capture(at.device).off():
         found = leading_ritz(transposed, start, steps, m)
     return LeadingEigenvalue(found.value, found.error, found.products)
+
+
+def _evaluated(f: FlatMap, at: Tensor, name: str) -> Tensor:
+    try:
+        return f(at)
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved" in str(error):
+            error.add_note(
+                f"{name} differentiates f, and f uses a tensor that was made in inference mode, which autograd cannot. "
+                f"Compute it, or the whole model, under torch.no_grad() instead, or give f a clone() of it that was "
+                f"made outside of inference mode."
+            )
+        raise
+
+
+def _vjp(image: Tensor, at: Tensor, u: Tensor) -> Tensor | None:
+    """Jᵀu; None where no path leads from the image to the state."""
+    (product,) = torch.autograd.grad(image, at, u, retain_graph=True, allow_unused=True)
+    return product
+
+
+def _depends(f: Callable[[Tree], Tree], layout: Layout, z: Tensor) -> bool:
+    """Whether f has another value a little beside z, with the same buffers and the same noise.
+
+    Arguments:
+        f: the map.
+        layout: of its state.
+        z: the state, (B, D).
+    """
+    amp, random = AutocastState.capture(z.device), RandomState.capture(z.device)
+    dtypes = [*layout.dtypes, *([amp.dtype] if amp.enabled else [])]
+    step = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * z.abs().amax().clamp_min(1)
+    held = FlatMap(hold(f, noise=z.device), layout)  # not released, so that to look changes no buffer
+    with torch.no_grad(), random.again():
+        beside = z + step * torch.randn_like(z)
+        here, again, there = held(z), held(z), held(beside)
+        # A GPU may sum in another order, and so give one f two values at one state.
+        return bool(((there - here).abs().amax() > 10 * (again - here).abs().amax()).item())
+
+
+_HIDDEN = (
+    "{name}: f(z) depends on z, but autograd does not know it: there is no path from the one to the other, so the "
+    "eigenvalues of ∂f/∂z cannot be had from it, and are not zero. Look for torch.no_grad() or inference_mode() around "
+    "f, and for detach(), .data, .item() or NumPy between z and f(z)."
+)

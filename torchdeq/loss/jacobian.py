@@ -112,7 +112,8 @@ def deq_jac_loss(
         z: the solution, in the form the module returns it: of a `DEQ` what comes first; of `get_deq` one of the
             states, such as `states[-1]`. There a list or tuple is handed to f as several arguments, f(*z), as
             `get_deq` does with a tuple state; a `DEQ` hands it over as one, f(z).
-        vecs, create_graph, distribution, generator: see `jac_reg`. Under `torch.no_grad()` it is the value alone.
+        vecs, create_graph, distribution, generator: see `jac_reg`. Under `torch.no_grad()` and in inference
+            mode it is the value alone.
 
     Returns:
         A scalar, in at least float32.
@@ -144,12 +145,18 @@ def deq_jac_loss(
         deq, "stateful"
     )  # 0.1.0 hands over a tuple state so
     track = create_graph and torch.is_grad_enabled()
-    with torch.enable_grad():
-        at = optree.tree_map(lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) else t, z)
+    with torch.inference_mode(False), torch.enable_grad():  # in inference mode nothing has a graph
+        at = optree.tree_map(lambda t: _point(t) if isinstance(t, Tensor) else t, z)
         noise = getattr(deq, "last_noise", None)
         with noise.again() if noise is not None else nullcontext(), _unfused() if track else nullcontext():
             image = held(*at) if several else held(at)
         return jac_reg(image, at, vecs, track, distribution=distribution, generator=generator)
+
+
+def _point(z: Tensor) -> Tensor:
+    """z as a constant to differentiate at."""
+    z = z.detach()
+    return (z.clone() if z.is_inference() else z).requires_grad_()
 
 
 @contextmanager
