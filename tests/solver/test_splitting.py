@@ -322,6 +322,21 @@ def test_the_adjoint_by_splitting_of_tokens_and_of_half_precision(depth):
     assert error([gradient(torch.bfloat16, *rough)], [exact]) < 20 * 2e-2
 
 
+@pytest.mark.parametrize("hook", [False, True], ids=["function", "hook"])
+def test_under_autocast_the_slopes_are_those_of_the_f_that_is_differentiated(hook):
+    """Rounding to bfloat16 puts units on the other side of a kink than float32 does: σ′ must not be taken from that."""
+    seen = []
+    adjoint = PeacemanRachford(tol=2e-2, max_iter=300)
+    deq = DEQ(adjoint.replace(stop_mode="rel"), IFT(solver=adjoint, hook=hook), on_backward=seen.append)
+    for seed in range(4):
+        layer = layer_of(n=64, m=0.5, gain=1.0, seed=seed).float()
+        x = injection(64, 64, seed + 7).float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z, _ = deq(layer.map(x), torch.zeros_like(x))
+        (z * cotangent(z.detach(), seed + 9)).sum().backward()
+    assert all(bool(solution.converged.all()) for solution in seen)
+
+
 def test_tangents_and_orders_by_splitting():
     """The tangent's system has J and not its transpose; second derivatives need both."""
     layer, x = layer_of(n=6, m=1.0), injection(6, 3)

@@ -79,7 +79,8 @@ class Inverse:
                 clip = self.clip if transposed else None
                 solver = self.solver
                 if isinstance(solver, SplitSystems):
-                    solver = solver.at(z.detach(), transposed=transposed)
+                    with self.amp.on():  # beside a kink, σ′ of another f would be another
+                        solver = solver.at(z.detach(), transposed=transposed)
                 x, solution = solve_adjoint(product, w.detach(), solver, self.layout, scale=scale, clip=clip)
                 kx = product(x) if image else None
         self.report(solution)
