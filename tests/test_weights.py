@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import threading
 
 import pytest
@@ -255,6 +256,17 @@ def test_a_solve_inside_a_solve_has_the_weights_of_the_outer_one(hook):
     # y = net(y)/2 + net(z)/5 and z = y, as one map of the pair.
     exact = exact_gradient(lambda z: 0.5 * net(z) + 0.2 * net(z), net.z0, g, list(net.parameters()))
     assert error(got, exact) < 1e-9
+
+
+def test_a_solve_leaves_no_trace_on_torchs_lists():
+    net = Net("torch spectral", count=False)
+    shown = repr(net)
+    solved(net, IFT())
+    assert repr(net) == shown
+    assert b"torchdeq" not in pickle.dumps(net.lists)
+    for twin in (copy.deepcopy(net.lists), pickle.loads(pickle.dumps(net.lists))):
+        assert type(twin) is parametrize.ParametrizationList
+        assert torch.equal(twin.eval()(), net.lists.eval()())
 
 
 def test_copies_of_one_layer_have_weights_of_their_own():

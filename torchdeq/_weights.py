@@ -51,6 +51,8 @@ class SharedList(ParametrizationList):
         """The weight."""
         if torch.compiler.is_compiling():
             return self.evaluate()
+        if not _now.solves:
+            return self.evaluate()
         # The outermost solve: its buffers are those that all evaluations begin with.
         owner = next((solve for solve in _now.solves if id(self) in solve.of), None)
         return self.evaluate() if owner is None else owner.get(self)
@@ -66,6 +68,15 @@ class SharedList(ParametrizationList):
     def places(self) -> list[Place]:
         """The parameters and buffers that the weight depends on."""
         return [(m, name) for m in self.modules() for name in (*m._parameters, *m._buffers)]
+
+    def _get_name(self) -> str:
+        return ParametrizationList.__name__  # a model prints alike before and after a solve
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy, or what is read from a file, is torch's list again."""
+        if type(self) is not SharedList:
+            return super().__reduce_ex__(protocol)
+        return object.__new__, (ParametrizationList,), self.__getstate__()
 
 
 class Weights:
@@ -178,8 +189,8 @@ class _Weight:
         self.buffers = list({id(b): b for m, name in places if (b := owned.get((id(m), name)))}.values())
         self.random = False
         self._attributes = [module.__dict__ for module in one.modules()]
-        dicts = [(m._parameters if name in m._parameters else m._buffers, m, name) for m, name in places]
-        tensors = [d[name] for d, _, name in dicts]
+        dicts = [(_holder(m, name), m, name) for m, name in places]
+        tensors = [d.get(name) for d, _, name in dicts]
         # A buffer that is held is as it was when the solve began.
         self._tensors = [(d, name) for d, m, name in dicts if (id(m), name) not in owned]
         self.device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
@@ -213,9 +224,15 @@ class _Weight:
         )
 
 
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    """Where a module keeps a tensor; as a plain attribute if it is computed (replicas, torch.nn.utils.prune)."""
+    kept: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    return next((one for one in kept if name in one), module.__dict__)
+
+
 def is_held(one: SharedList) -> bool:
     """Whether f is being evaluated in a solve that this weight belongs to."""
-    return any(id(one) in solve.of for solve in _now.solves)
+    return bool(_now.solves) and any(id(one) in solve.of for solve in _now.solves)
 
 
 def recomputed() -> bool:

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from tests.norm.test_weight_norm import F64
 from torchdeq import DEQ, FixedPointIteration, apply_norm, remove_norm, reset_norm
@@ -419,6 +419,110 @@ def test_a_part_can_be_replaced():
     layer.child = nn.ReLU()
     assert layer.other == 3
     assert "child" in dict(layer.named_children())
+
+
+class Exp(nn.Module):
+    def forward(self, g):
+        return g.exp()
+
+    def right_inverse(self, g):
+        return g.log()
+
+
+@BOTH
+def test_a_part_may_have_a_parametrization_of_its_own(kind):
+    layer, plain = layer_of(kind).eval(), layer_of(kind).eval()
+    parametrize.register_parametrization(layer, "weight_g", Exp())
+    assert torch.allclose(layer.weight, plain.weight)
+    layer.weight = t = torch.randn(4, 4, dtype=F64)
+    assert torch.allclose(layer.weight, t, rtol=1e-3)
+    plain.weight = t
+    x, grads = torch.ones(2, 4, dtype=F64), []
+    for one in (layer, copy.deepcopy(layer), plain):
+        f = lambda z, one=one: torch.tanh(0.1 * one(z) + x)  # noqa: E731
+        DEQ_TIGHT(f, torch.zeros_like(x))[0].sum().backward()
+        g = one.weight_g if one is plain else one.parametrizations.weight_g.original
+        grads.append(g.grad if one is not plain else g.grad * g.detach())
+    assert torch.equal(grads[0], grads[1])
+    assert torch.allclose(grads[0], grads[2], rtol=1e-3)
+    want = layer.weight.detach().clone()
+    remove_norm(layer)
+    assert torch.equal(layer.weight, want)
+    assert type(layer) is nn.Linear
+    assert [name for name, _ in layer.named_parameters()] == ["bias", "weight"]
+
+
+@BOTH
+def test_a_part_may_be_computed_as_by_pruning(kind):
+    layer = layer_of(kind)
+    part = "weight_v" if kind == "weight_norm" else "weight_orig"
+    prune.custom_from_mask(layer, part, torch.ones(4, 4).tril())
+    x = torch.ones(2, 4, dtype=F64)
+    z, _ = DEQ_TIGHT(lambda z: torch.tanh(0.1 * layer(z) + x), torch.zeros_like(x))
+    z.sum().backward()
+    mask = getattr(layer, f"{part}_mask")
+    assert torch.equal(layer.weight != 0, mask == 1)
+    grad = getattr(layer, f"{part}_orig").grad
+    assert grad.any()
+    assert not grad[mask == 0].any()
+    with pytest.raises(ValueError, match=rf"'0.weight' is computed from '{part}'.*prune.remove"):
+        remove_norm(nn.Sequential(layer))
+    prune.remove(layer, part)
+    remove_norm(layer)
+    assert torch.equal(layer.weight != 0, mask == 1)
+
+
+def replica_of(model, scale):
+    """As torch.nn.parallel.replicate makes one: its parameters are plain attributes with a graph."""
+    modules = list(model.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, twin in copies.items():
+        twin._former_parameters = {}
+        for name, child in module._modules.items():
+            setattr(twin, name, copies[child])
+        for name, p in module._parameters.items():
+            setattr(twin, name, scale * p)
+        for name, b in module._buffers.items():
+            setattr(twin, name, b.clone())
+    return copies[model]
+
+
+@BOTH
+def test_a_replica_solves_with_its_own_tensors(kind):
+    model = nn.Sequential(layer_of(kind)).eval()
+    x, grads = torch.ones(2, 4, dtype=F64), []
+    for scale in (1.0, 0.5):
+        twin = replica_of(model, scale)
+        z, _ = DEQ_TIGHT(lambda z, twin=twin: torch.tanh(0.1 * twin(z) + x), torch.zeros_like(x))
+        weight, bias = twin[0].weight.detach(), scale * model[0].bias.detach()
+        assert torch.allclose(z, torch.tanh(0.1 * nn.functional.linear(z, weight, bias) + x), atol=1e-10)
+        grads.append(torch.autograd.grad(z.sum(), model[0].weight_g)[0])
+    assert not torch.allclose(*grads)
+    weight = model[0].weight.detach()
+    bias = model[0].bias.detach()
+    z, _ = DEQ_TIGHT(lambda z: torch.tanh(0.1 * model(z) + x), torch.zeros_like(x))
+    assert torch.allclose(z, torch.tanh(0.1 * nn.functional.linear(z, weight, bias) + x), atol=1e-10)
+    assert torch.allclose(torch.autograd.grad(z.sum(), model[0].weight_g)[0], grads[0])
+
+
+@BOTH
+@pytest.mark.parametrize("other", [False, True])
+def test_torchs_own_function_removes_it_whole(kind, other):
+    layer = layer_of(kind).eval()
+    want = layer.weight.detach().clone()
+    if other:
+        parametrize.register_parametrization(layer, "bias", Half())
+    parametrize.remove_parametrizations(layer, "weight")
+    assert torch.equal(layer.weight, want)
+    assert list(layer._parameters) == (["weight"] if other else ["bias", "weight"])
+    assert not layer._buffers
+    layer.weight = new = nn.Parameter(2 * want)
+    assert layer._parameters["weight"] is new
+    if other:
+        parametrize.remove_parametrizations(layer, "bias")
+    assert type(layer) is nn.Linear
+    apply_norm(layer, kind)
+    assert torch.allclose(layer.weight, 2 * want if kind == "weight_norm" else layer.weight)
 
 
 # Shared weights, transforms -------------------------------------------------------------------------------

@@ -9,13 +9,12 @@ so it is never out of date. Within a solve of `DEQ` it is computed once.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-
-from torchdeq._replay import AutocastState
 
 
 class Home(NamedTuple):
@@ -28,6 +27,14 @@ class Home(NamedTuple):
         """A parameter or buffer of the layer."""
         found: Tensor = getattr(self.layer, f"{self.name}_{part}")
         return found
+
+    def put(self, part: str, value: Tensor) -> None:
+        """Set a part."""
+        layer, name = self.layer, f"{self.name}_{part}"
+        if name in layer.parametrizations:  # type: ignore[operator]
+            setattr(layer, name, value)
+        else:
+            self.part(part).copy_(value)  # into the parameter: what shares its memory goes on to
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -144,4 +151,6 @@ def wide(tensor: Tensor) -> Tensor:
 
 def without_autocast(tensor: Tensor) -> Any:
     """A context without autocast, which would turn products into half precision."""
-    return AutocastState.capture(tensor.device).off()
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

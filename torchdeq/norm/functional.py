@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torchdeq._suggest import did_you_mean
 from torchdeq.norm.base import Norm
 from torchdeq.norm.layers import normalise, pairs
-from torchdeq.norm.lists import at_rest
+from torchdeq.norm.lists import NormedList, at_rest
 from torchdeq.norm.modules import detach, lists_of, parametrizations_of
 from torchdeq.norm.spectral_norm import SpectralNorm
 from torchdeq.norm.weight_norm import WeightNorm
@@ -144,6 +144,9 @@ def remove_norm(model: nn.Module) -> None:
     The parameters are new ones. A parametrization that was put on the normalised weight, or beneath it, is made a part
     of the values too.
 
+    Raises:
+        ValueError: something else computes a part of a weight, as torch.nn.utils.prune does; nothing is removed then.
+
     Example:
         >>> layer = torch.nn.Linear(4, 4)
         >>> apply_norm(layer, 'spectral_norm')
@@ -151,6 +154,9 @@ def remove_norm(model: nn.Module) -> None:
         >>> sorted(name for name, _ in layer.named_parameters())
         ['bias', 'weight']
     """
+    for path, module in model.named_modules():
+        for name, one in lists_of(module).items():
+            _check_parts(f"{path}.{name}" if path else name, one)
     made: dict[int, nn.Parameter] = {}
     kept: list[nn.Parameter] = []  # so that no other gets the id of one that is gone
     for module in list(model.modules()):
@@ -223,6 +229,16 @@ def register_norm_module(
     norm_class = _registered(norm_type)
     pairs(names, dims)
     norm_class._target_modules[module_class] = (names, dims)
+
+
+def _check_parts(path: str, one: NormedList) -> None:
+    layer = one.home.layer
+    for name in one.names_of_parts():
+        if name in vars(layer):
+            raise ValueError(
+                f"remove_norm: {path!r} is computed from {name!r}, which is no parameter but computed too, as "
+                f"torch.nn.utils.prune does. Remove that first: torch.nn.utils.prune.remove(layer, {name!r})."
+            )
 
 
 def _registered(norm_type: str) -> Any:

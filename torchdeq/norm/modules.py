@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchdeq.norm.base import Home, Norm
-from torchdeq.norm.lists import NormedList
+from torchdeq.norm.lists import NormedList, Parametrizations
 
 
 def attach(module: nn.Module, name: str, norm: Norm, tied: NormedList | None) -> NormedList:
@@ -26,11 +26,12 @@ def attach(module: nn.Module, name: str, norm: Norm, tied: NormedList | None) ->
     """
     weight, base = module._parameters[name], _base(module)
     assert weight is not None
-    own = norm.release(weight)
-    if not parametrize.is_parametrized(module):
-        module.parametrizations = nn.ModuleDict()
+    parts = norm.release(weight)
+    module.parametrizations = Parametrizations(
+        dict(parametrizations_of(module)) if parametrize.is_parametrized(module) else None
+    )
     delattr(module, name)
-    for part, tensor in own.items():
+    for part, tensor in parts.items():
         tensor = tensor if tied is None else tied.home.part(part)
         if isinstance(tensor, nn.Parameter):
             module.register_parameter(f"{name}_{part}", tensor)
@@ -44,8 +45,6 @@ def attach(module: nn.Module, name: str, norm: Norm, tied: NormedList | None) ->
 def detach(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Make it a plain parameter again."""
     parametrizations, base = parametrizations_of(module), _base(module)
-    for part in lists_of(module)[name].norm.parts():
-        delattr(module, f"{name}_{part}")
     del parametrizations[name]
     if len(parametrizations):
         module.__class__ = _class(base, tuple(parametrizations))
@@ -69,8 +68,8 @@ def parametrizations_of(module: nn.Module) -> nn.ModuleDict:
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
-    own = getattr(type(module), "_before_norm", None)
-    return own or parametrize.type_before_parametrizations(module)
+    before = getattr(type(module), "_before_norm", None)
+    return before or parametrize.type_before_parametrizations(module)
 
 
 def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
@@ -95,16 +94,18 @@ def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 def _weight(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
-        one: Any = parametrizations_of(self)[name]
-        own = isinstance(one, NormedList)
-        if own and one.home.layer is not self:
-            one.move_to(Home(self, name))
+        one: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        evaluate = one
+        if isinstance(one, NormedList):
+            evaluate = one.handed_out
+            if one.home.layer is not self:
+                one.move_to(Home(self, name))
         if not parametrize._cache_enabled or torch.compiler.is_compiling():
-            return one.handed_out() if own else one()
+            return evaluate()
         key: Any = (id(one), name)
         weight = parametrize._cache.get(key)
         if weight is None:
-            weight = parametrize._cache[key] = one.handed_out() if own else one()
+            weight = parametrize._cache[key] = evaluate()
         return weight
 
     def write(self: nn.Module, value: Tensor) -> None:
@@ -116,7 +117,7 @@ def _weight(name: str) -> property:
 
 def _set(self: Any, name: str, value: Any) -> None:
     """A parameter that is given for a weight sets it, rather than to be registered."""
-    if name in self._normed:
+    if name in self._normed and name in type(self).__dict__:  # torch may have removed it
         object.__setattr__(self, name, value)
     else:
         self._before_norm.__setattr__(self, name, value)

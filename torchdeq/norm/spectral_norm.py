@@ -117,7 +117,8 @@ class SpectralNorm(Norm):
         if g is None:
             return weight
         with torch.no_grad():
-            g.copy_(sigma.expand_as(g))
+            scale = sigma.expand_as(g)
+            g.copy_(scale) if self.home is None else self.home.put("g", scale)
         return weight / self._spare
 
     def originals(self) -> tuple[str, ...]:

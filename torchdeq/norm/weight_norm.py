@@ -69,11 +69,12 @@ class WeightNorm(Norm):
 
     def size(self, v: Tensor) -> Tensor:
         """‖v‖ of each output, of the shape of v but for ones in the other dimensions, in at least float32."""
-        shape = [1] * v.dim()
-        shape[self.dim] = v.shape[self.dim]
-        return torch.linalg.vector_norm(
-            wide(v).transpose(0, self.dim).reshape(v.shape[self.dim], -1), dim=1
-        ).view(shape)
+        w = wide(v)
+        if w.dim() == 1:
+            return w.abs()
+        if self.dim:
+            w = w.transpose(0, self.dim).contiguous()  # what lies together is summed with a smaller error
+        return torch.linalg.vector_norm(w, dim=list(range(1, w.dim())), keepdim=True).transpose(0, self.dim)
 
     def _checked(self, weight: Tensor) -> Tensor:
         size = self.size(weight)
