@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import CheckpointError
 
 from tests.problems import F64, TanhMap
 from torchdeq import DEQ, IFT, FixedPointIteration, Multisecant, PhantomGrad, Unroll, get_deq
@@ -244,5 +247,51 @@ def test_a_function_that_is_not_the_same_again_is_an_error() -> None:
     widths = iter([3, 5])
     z = data()
     out = mem_gc(lambda z: z.repeat(1, next(widths)).sin()[:, :2].exp(), (z,))
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+    with pytest.raises(CheckpointError):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, F64, torch.complex128])
+def test_numbers_that_are_not_the_same_again_are_an_error(kind: torch.dtype) -> None:
+    """What func closes over has changed before the backward pass: the gradient would be that of neither map."""
+    scale = 1
+    z = torch.ones(3, 2, dtype=kind, requires_grad=True)
+    out = mem_gc(lambda z: (scale * z).square(), (z,))
+    (same,) = torch.autograd.grad(out.abs().sum(), z, retain_graph=True)
+    assert torch.equal(same, 2 * z)
+    scale = 10
+    with pytest.raises(CheckpointError, match=r"another value in the backward pass.*closes over has changed"):
+        out.abs().sum().backward()
+
+
+def test_weights_that_are_updated_in_place_before_the_backward_pass_are_an_error() -> None:
+    layer, z = net(), data()
+    out = mem_gc(layer, (z,))
+    with torch.no_grad():
+        layer[0].weight.mul_(1.01)
+    with pytest.raises(CheckpointError, match="call backward first"):
+        out.sum().backward()
+
+
+def test_a_generator_of_its_own_is_an_error_where_torchs_are_drawn_from_again() -> None:
+    own, z = seeded(), data()
+    noisy = mem_gc(lambda z: (z + torch.rand(z.shape, generator=own, dtype=F64)).square(), (z,))
+    with pytest.raises(CheckpointError, match="its generator's state"):
+        noisy.sum().backward()
+    mem_gc(lambda z: (z + torch.rand(z.shape, dtype=F64)).square(), (z,)).sum().backward()
+
+
+def test_what_is_not_finite_and_what_holds_no_numbers_is_not_compared() -> None:
+    z = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+    out, count, nothing = mem_gc(lambda z: (z.log(), torch.ones(2, dtype=torch.long), z[:0]), (z,))
+    assert count.tolist() == [1, 1]
+    assert nothing.shape == (0,)
+    (got,) = torch.autograd.grad(out.sum(), z)
+    assert got.tolist() == [math.inf, 1.0]
+
+
+def test_checkpoints_inside_of_checkpoints() -> None:
+    layer, z = net(), data()
+    out = mem_gc(lambda z: layer(mem_gc(layer, (z,))), (z,))
+    wanted = gradients(layer(layer(z)), z, *layer.parameters())
+    assert all(map(torch.equal, gradients(out, z, *layer.parameters()), wanted))
