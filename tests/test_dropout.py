@@ -253,7 +253,7 @@ def test_nothing_that_looks_at_f_draws_another_mask():
     assert layer.mask is held
 
 
-@pytest.mark.parametrize("p", ["0.5", None, [0.5]])
+@pytest.mark.parametrize("p", ["0.5", None, [0.5], True, False])
 def test_a_probability_that_is_no_number_is_refused(p):
     with pytest.raises(TypeError, match=r"VariationalDropout\(dropout=.*must be a number"):
         VariationalDropout(p)

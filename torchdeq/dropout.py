@@ -57,6 +57,8 @@ class VariationalDropout(nn.Module):
     def __init__(self, dropout: float = 0.5, *, generator: torch.Generator | None = None):
         super().__init__()
         try:
+            if isinstance(dropout, bool):  # for p=True everything would be dropped
+                raise TypeError
             within = 0 <= dropout <= 1
         except TypeError:
             raise TypeError(
