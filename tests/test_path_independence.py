@@ -53,6 +53,30 @@ def test_the_length_of_a_solution_is_not_in_its_cosine_but_in_its_distance():
     assert torch.allclose(found.distance, torch.full((2,), 0.5, dtype=F64))
 
 
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1.0, 1e200, 1e307])
+@pytest.mark.parametrize("start", ["others", "random"])
+def test_sizes_whose_squares_vanish_or_overflow_are_compared_as_any_other(scale, start):
+    """Every state is a fixed point, so that each solve ends where it begins."""
+    z = scale * torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, -1.0], [0.0, 0.0]], dtype=F64)
+    generator = torch.Generator().manual_seed(0)
+    found = path_independence(lambda z: z.clone(), z, start=start, generator=generator)
+    begun = found.second.z / scale
+    if start == "others":
+        assert torch.equal(found.second.z, z.roll(1, dims=0))
+    else:
+        assert bool((begun[:3].norm(dim=1) > 0.05).all())
+        assert bool((begun[:3].norm(dim=1) < 5).all())
+        begun[3] *= scale if scale < 1 else 0.0
+    one, two = z / scale, found.second.z / scale
+    exact = torch.nn.functional.cosine_similarity(one, two, dim=1)[:3] if start == "random" else None
+    want = torch.tensor([0.0, 0.5**0.5, -(0.5**0.5)], dtype=F64) if exact is None else exact
+    assert torch.allclose(found.cosine[:3], want, atol=1e-9)
+    longer = torch.maximum(one.norm(dim=1), two.norm(dim=1))
+    apart = ((one - two).norm(dim=1) / longer)[:3]
+    assert torch.allclose(found.apart[:3], apart, atol=1e-9)
+    assert torch.allclose(found.distance[:3], apart, atol=1e-9)
+
+
 def test_what_is_not_solved_has_no_score():
     rate = torch.tensor([[0.5], [-1.5], [0.9]], dtype=F64)
     found = path_independence(lambda z: rate * z + 1, torch.zeros(3, 1, dtype=F64), solver=TIGHT)

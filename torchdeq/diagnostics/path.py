@@ -179,19 +179,28 @@ def _other_start(
     if start == "others":
         return z.roll(1, dims=0)
     noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
-    size = per_sample(z) / max(z.shape[1], 1) ** 0.5
+    unit, large = _rescaled(z)
+    size = per_sample(unit) * large / max(z.shape[1], 1) ** 0.5
     return noise * torch.where(size > 0, size, 1.0)[:, None]
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Per sample, (B,), of (B, D) tensors."""
-    sizes = per_sample(a), per_sample(b)
-    unit = [t / torch.where(size > 0, size, 1.0)[:, None] for t, size in zip((a, b), sizes, strict=True)]
-    cosine = (unit[0] * unit[1]).sum(dim=1).clamp(-1, 1)
-    return torch.where((sizes[0] == 0) & (sizes[1] == 0), 1.0, cosine)
+    (a, large_a), (b, large_b) = _rescaled(a), _rescaled(b)
+    sizes = per_sample(a) * per_sample(b)
+    cosine = ((a * b).sum(dim=1) / torch.where(sizes > 0, sizes, 1.0)).clamp(-1, 1)
+    return torch.where((large_a == 0) & (large_b == 0), 1.0, cosine)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """‖a − b‖ relative to the longer, per sample, (B,)."""
+    # Both are scaled before they are subtracted, or the difference of two large ones could overflow.
+    a, b = _rescaled(torch.stack((a, b), dim=1).flatten(1))[0].unflatten(1, (2, a.shape[1])).unbind(dim=1)
     longer = torch.maximum(per_sample(a), per_sample(b))
     return per_sample(a - b) / torch.where(longer > 0, longer, 1.0)
+
+
+def _rescaled(a: Tensor) -> tuple[Tensor, Tensor]:
+    """a (B, D) with each sample's largest number scaled to 1, whose squares do not vanish; and what it was, (B,)."""
+    large = a.abs().amax(dim=1) if a.shape[1] else a.new_zeros(len(a))
+    return a / torch.where((large > 0) & large.isfinite(), large, 1.0)[:, None], large
