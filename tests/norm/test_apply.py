@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from torchdeq import (
     DEQConfig,
@@ -48,7 +48,7 @@ def net():
         ({"filter_out": "inject"}, ["encoder.0", "encoder.2", "decoder.out"]),
         ({"filter_out": ["inject", "0"]}, ["encoder.2", "decoder.out"]),
         ({"prefix_filter_out": "enc"}, ["decoder.inject", "decoder.out"]),
-        ({"prefix_filter_out": ["encoder.0", "out"]}, ["encoder.2", "decoder.inject", "decoder.out"]),
+        ({"prefix_filter_out": ["encoder.0", "emb"]}, ["encoder.2", "decoder.inject", "decoder.out"]),
         ({"prefix_filter_out": ["encoder"], "filter_out": ["out"]}, ["decoder.inject"]),
     ],
 )
@@ -139,12 +139,139 @@ def test_mistakes_are_named():
         apply_norm(nn.Linear(2, 2), names="weight", dims=5)
 
 
+@pytest.mark.parametrize("call", [apply_norm, reset_norm, remove_norm], ids=["apply", "reset", "remove"])
+def test_what_is_no_module_is_refused(call):
+    with pytest.raises(TypeError, match=r"got the class Linear; make one first, Linear\(...\)"):
+        call(nn.Linear)
+    with pytest.raises(TypeError, match="got a list; put them into a torch.nn.ModuleList"):
+        call([nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match="got a NoneType."):
+        call(None)
+
+
+def test_what_cannot_be_registered():
+    with pytest.raises(
+        TypeError, match="takes a class with a dictionary `_target_modules`.*register_norm_module"
+    ):
+        register_norm("mine", nn.Linear)
+    with pytest.raises(ValueError, match="'none' stands for no normalisation"):
+        register_norm("none", WeightNorm)
+    assert "mine" not in NORMS
+    with pytest.raises(TypeError, match=r"class of modules, got Bilinear\(.*\). Give its class, Bilinear"):
+        register_norm_module(nn.Bilinear(2, 2, 2), "weight_norm")
+    with pytest.raises(TypeError, match="class of modules, got <class 'int'>"):
+        register_norm_module(int, "weight_norm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("weight_norm", {"target_norm": 0.3}, r"target_norm=0.3 changes nothing.*Add learn_scale=False"),
+        ("weight_norm", {"clip_value": 0.3}, r"clip_value=0.3 changes nothing without clip=True"),
+        ("spectral_norm", {"clip_value": 0.3}, r"clip_value=0.3 changes nothing"),
+        (
+            "weight_norm",
+            {"filter_out": ["decoder", "encodr"]},
+            r"filter_out='encodr'.*Did you mean 'encoder'",
+        ),
+        ("weight_norm", {"prefix_filter_out": "inject"}, r"no module of ModuleDict.*begins with it"),
+    ],
+)
+def test_what_changes_nothing_is_warned_of(kind, options, message):
+    with pytest.warns(UserWarning, match=message) as caught:
+        apply_norm(net(), kind, **options)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_options_that_change_something_or_are_the_default_or_in_a_configuration_are_not():
+    """Warnings are errors here."""
+    apply_norm(net(), "weight_norm", target_norm=0.3, learn_scale=False, clip=True, clip_value=0.3)
+    apply_norm(net(), "spectral_norm", target_norm=0.3)
+    apply_norm(net(), "weight_norm", target_norm=1.0, clip_value=1.0)
+    apply_norm(net(), "weight_norm", args={"norm_target_norm": 0.3, "norm_clip_value": 0.3})
+    apply_norm(net(), "weight_norm", clip_value=0.3, args={"norm_clip": True})
+
+
+@pytest.mark.parametrize("given", [True, 1])
+def test_switches_are_true_or_false(given):
+    for options in ({"clip": given}, {"args": {"norm_clip": given}}):
+        layer = nn.Linear(2, 2)
+        apply_norm(layer, clip_value=0.5, **options)
+        assert options_of(layer)["clip"] is True
+    layer = nn.Linear(2, 2)
+    apply_norm(layer, args={"norm_no_scale": given})
+    assert options_of(layer)["learn_scale"] is False
+    for options, name in (
+        ({"clip": "False"}, "clip"),
+        ({"learn_scale": 2}, "learn_scale"),
+        ({"args": {"norm_clip": "False"}}, "norm_clip"),
+        ({"args": {"norm_no_scale": "no"}}, "norm_no_scale"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} is a switch, True or False, got"):
+            apply_norm(nn.Linear(2, 2), **options)
+
+
+def deep(layer):
+    return nn.ModuleDict({"features": nn.Sequential(nn.ReLU(), nn.ModuleDict({"conv": layer}))})
+
+
+def zeroed():
+    layer = nn.Conv1d(2, 2, 1)
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def old_weight_norm():
+    with pytest.warns(FutureWarning, match="deprecated"):
+        return nn.utils.weight_norm(nn.Conv1d(2, 2, 1))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (zeroed, r"'weight' of features.1.conv \(Conv1d\): .*all zero"),
+        (lambda: nn.LazyConv1d(2, 1), r"features.1.conv \(LazyConv1d\) has no shape yet"),
+        (
+            lambda: nn.utils.spectral_norm(nn.Conv1d(2, 2, 1)),
+            r"conv \(Conv1d\) has torch.nn.utils.spectral_norm already.*filter_out='features.1.conv'",
+        ),
+        (
+            old_weight_norm,
+            r"has torch.nn.utils.weight_norm already.*filter_out='features.1.conv'",
+        ),
+        (lambda: prune.identity(nn.Conv1d(2, 2, 1), "weight"), r"is pruned by torch.nn.utils.prune"),
+    ],
+    ids=["zero", "lazy", "spectral_norm", "weight_norm", "pruned"],
+)
+def test_an_error_says_where_the_weight_is_and_what_it_has(kind, make, message):
+    model = deep(make())
+    with pytest.raises(ValueError, match=message):
+        apply_norm(model, kind)
+
+
+@BOTH
+def test_nothing_of_the_layers_is_overwritten(kind):
+    layer = nn.Conv1d(2, 2, 1)
+    layer.weight_g = gain = nn.Parameter(torch.ones(1))
+    with pytest.raises(
+        ValueError, match=r"features.1.conv \(Conv1d\) would be computed from 'weight_g', but"
+    ):
+        apply_norm(deep(layer), kind)
+    assert layer.weight_g is gain
+    apply_norm(layer, kind, learn_scale=False)
+    assert layer.weight_g is gain
+    remove_norm(layer)
+    assert layer.weight_g is gain
+
+
 @BOTH
 def test_a_second_normalisation_is_refused_and_changes_nothing(kind):
     model = net()
     apply_norm(model, kind, prefix_filter_out="decoder")
     with pytest.raises(
-        ValueError, match="'weight' of .*Linear is normalised already. Call remove_norm first"
+        ValueError,
+        match=r"'weight' of encoder.0 \(Linear\) is normalised already. Call remove_norm first",
     ):
         apply_norm(model, kind)
     assert normed(model) == ["encoder.0", "encoder.2"]

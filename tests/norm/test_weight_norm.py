@@ -34,7 +34,7 @@ def test_the_weight_of_each_output_has_the_length_of_the_formula(name, learn_sca
     layer = make(dtype=F64)
     w = layer.weight.detach().clone()
     options = {} if clip is None else {"clip": True, "clip_value": clip}
-    apply_norm(layer, learn_scale=learn_scale, target_norm=0.7, **options)
+    apply_norm(layer, learn_scale=learn_scale, target_norm=1.0 if learn_scale else 0.7, **options)
     if learn_scale:
         assert torch.allclose(layer.weight, w * min(1.0, clip or 1.0))
         with torch.no_grad():

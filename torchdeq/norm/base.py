@@ -68,6 +68,7 @@ class Norm(nn.Module):
 
     Raises:
         ValueError: a value is out of its range.
+        TypeError: learn_scale or clip is neither true nor false, but a string for example.
     """
 
     #: Which layers `apply_norm` normalises. `register_norm_module` adds to it. None: not this class of them.
@@ -90,6 +91,8 @@ class Norm(nn.Module):
     ):
         super().__init__()
         self.dim = dim
+        for name, value in (("learn_scale", learn_scale), ("clip", clip)):
+            check_switch(name, value)
         self.learn_scale = bool(learn_scale)
         self.target_norm, self.clip, self.clip_value = float(target_norm), bool(clip), float(clip_value)
         for name in ("target_norm", "clip_value"):
@@ -142,6 +145,12 @@ class Norm(nn.Module):
             for name in plain
             if (value := getattr(self, name, plain[name])) != plain[name]
         )
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise a TypeError if a value is not True, False, 1 or 0; 'False' of a configuration file would be true."""
+    if isinstance(value, str) or value not in (True, False):
+        raise TypeError(f"{name} is a switch, True or False, got {value!r}.")
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchdeq._suggest import did_you_mean
-from torchdeq.norm.base import Norm
+from torchdeq.norm.base import Norm, check_switch
 from torchdeq.norm.layers import normalise, pairs
 from torchdeq.norm.lists import NormedList, at_rest
 from torchdeq.norm.modules import detach, lists_of, parametrizations_of
@@ -27,9 +28,9 @@ NORMS: dict[str, Any] = {"weight_norm": WeightNorm, "spectral_norm": SpectralNor
 
 #: The keys of a configuration, and the options they stand for.
 _KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "norm_no_scale": ("learn_scale", lambda no_scale: not no_scale),
+    "norm_no_scale": ("learn_scale", operator.not_),
     "norm_target_norm": ("target_norm", float),
-    "norm_clip": ("clip", bool),
+    "norm_clip": ("clip", operator.truth),
     "norm_clip_value": ("clip_value", float),
     "sn_n_power_iters": ("n_power_iterations", int),
 }
@@ -80,7 +81,12 @@ def apply_norm(
     Raises:
         ValueError: the name is not registered; a layer is normalised already, is lazy and has no weight yet, shares its
             weight with one that counts outputs along another dimension, or has a weight without a direction.
-        TypeError: there is no such option; the nearest is named.
+        TypeError: there is no such option; the nearest is named. Or what is given is no module, or a switch is neither
+            True nor False.
+
+    Warns:
+        UserWarning: no layer was found; a filter leaves nothing out; an option given by name changes nothing, as
+            target_norm does where 'weight_norm' learns the scale, and clip_value without clip.
 
     A weight can be set, `layer.weight = t`, and initialised in place, `torch.nn.init.normal_(layer.weight)`: that is
     noticed when it is read for the next time, or a solve begins, outside of compiled code. What is written through
@@ -92,15 +98,18 @@ def apply_norm(
         >>> sorted(layer.state_dict())
         ['bias', 'weight_g', 'weight_orig', 'weight_u', 'weight_v']
     """
+    _check_model(model, "apply_norm")
     config = DEQConfig(args)
     warn_near_misses(config.config, NAMES)
     if norm_type == "none":
         return
     norm_class = _registered(norm_type)
     native = isinstance(norm_class, type) and issubclass(norm_class, Norm)
-    modules = list(_chosen(model, prefix_filter_out, filter_out))
+    modules = _chosen(model, prefix_filter_out, filter_out)
     if native:
-        done = normalise(model, modules, norm_class, _options(norm_class, norm_type, config, norm_kwargs))
+        options = _options(norm_class, norm_type, config, norm_kwargs)
+        _warn_idle(norm_class, options, norm_kwargs)
+        done = normalise(model, modules, norm_class, options)
     else:
         config.update(**norm_kwargs)
         done = 0
@@ -130,6 +139,7 @@ def reset_norm(model: torch.nn.Module) -> None:
         >>> apply_norm(layer)
         >>> reset_norm(layer)
     """
+    _check_model(model, "reset_norm")
     for module in model.modules():
         for one in lists_of(module).values():
             one.prepare()
@@ -154,6 +164,7 @@ def remove_norm(model: nn.Module) -> None:
         >>> sorted(name for name, _ in layer.named_parameters())
         ['bias', 'weight']
     """
+    _check_model(model, "remove_norm")
     for path, module in model.named_modules():
         for name, one in lists_of(module).items():
             _check_parts(f"{path}.{name}" if path else name, one)
@@ -188,6 +199,10 @@ def register_norm(norm_type: str, norm_class: Any) -> None:
             with the module by `reset_norm`, and its `remove(module)` by `remove_norm`. Or a class derived from
             `WeightNorm` or `SpectralNorm`.
 
+    Raises:
+        TypeError: the class is not of this form.
+        ValueError: the name is 'none', which stands for no normalisation.
+
     Example:
         >>> class Unit(WeightNorm):
         ...     _target_modules = {torch.nn.Linear: ('weight', 1)}
@@ -198,6 +213,15 @@ def register_norm(norm_type: str, norm_class: Any) -> None:
         [1.0, 1.0, 1.0]
         >>> del NORMS['unit']
     """
+    if norm_type == "none":
+        raise ValueError("register_norm: 'none' stands for no normalisation; choose another name.")
+    table, apply = getattr(norm_class, "_target_modules", None), getattr(norm_class, "apply", None)
+    if not isinstance(table, Mapping) or not callable(apply):
+        raise TypeError(
+            f"register_norm({norm_type!r}, ...) takes a class with a dictionary `_target_modules` and a class method "
+            f"`apply`, or one derived from WeightNorm or SpectralNorm; got {norm_class!r}. To have a class of layers "
+            f"normalised, use register_norm_module."
+        )
     NORMS[norm_type] = norm_class
 
 
@@ -217,6 +241,7 @@ def register_norm_module(
 
     Raises:
         ValueError: the name is not registered; names and dims are not equally many.
+        TypeError: module_class is no class of modules, but a layer for example.
 
     Example:
         >>> register_norm_module(torch.nn.Bilinear, 'weight_norm')
@@ -226,6 +251,11 @@ def register_norm_module(
         torch.Size([2, 1, 1])
         >>> del WeightNorm._target_modules[torch.nn.Bilinear]
     """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        instead = (
+            f" Give its class, {type(module_class).__name__}." if isinstance(module_class, nn.Module) else ""
+        )
+        raise TypeError(f"register_norm_module takes a class of modules, got {module_class!r}.{instead}")
     norm_class = _registered(norm_type)
     pairs(names, dims)
     norm_class._target_modules[module_class] = (names, dims)
@@ -256,17 +286,65 @@ def _options(
     """The options of a normalisation: those of the configuration, then those given by name."""
     known = norm_class.OPTIONS
     check_keywords(keywords, (*known, "names", "dims"), f"apply_norm({norm_type!r})")
-    options = {
-        name: read(config.get(key))
-        for key, (name, read) in _KEYS.items()
-        if name in known and config.get(key) is not None
-    }
+    options = {}
+    for key, (name, read) in _KEYS.items():
+        value = config.get(key)
+        if name in known and value is not None:
+            if isinstance(known[name], bool):
+                check_switch(key, value)
+            options[name] = read(value)
     return {**options, **keywords}
 
 
-def _chosen(model: nn.Module, prefixes: Any, parts: Any) -> Iterator[nn.Module]:
-    """The modules that the filters do not leave out."""
-    prefixes, parts = ([f] if isinstance(f, str) else list(f or ()) for f in (prefixes, parts))
-    for name, module in model.named_modules():
-        if not any(name.startswith(p) for p in prefixes) and not any(p in name for p in parts):
-            yield module
+def _warn_idle(norm_class: type[Norm], options: dict[str, Any], keywords: dict[str, Any]) -> None:
+    """Warn about options given by name that change nothing. Configurations have all of them, always."""
+    whole = {**norm_class.OPTIONS, **options}
+    idle = {
+        "clip_value": None if whole["clip"] else "without clip=True",
+        "target_norm": "where the scale is learned: it begins as the norm that the weight has. Add learn_scale=False"
+        if whole["learn_scale"] and issubclass(norm_class, WeightNorm)
+        else None,
+    }
+    for name, why in idle.items():
+        if why and keywords.get(name, norm_class.OPTIONS[name]) != norm_class.OPTIONS[name]:
+            _warn(f"apply_norm: {name}={keywords[name]!r} changes nothing {why}.")
+
+
+def _chosen(model: nn.Module, prefixes: Any, parts: Any) -> list[nn.Module]:
+    """The modules that the filters do not leave out. A filter that leaves out none is warned of."""
+    left = dict(model.named_modules())
+    names = list(left)
+    for option, given, fits in (
+        ("prefix_filter_out", prefixes, str.startswith),
+        ("filter_out", parts, str.__contains__),
+    ):
+        for word in [given] if isinstance(given, str) else list(given or ()):
+            out = [name for name in names if fits(name, word)]
+            for name in out:
+                left.pop(name, None)
+            if not out:
+                known = {part for name in names for part in (name, name.rpartition(".")[2])}
+                _warn(
+                    f"apply_norm: {option}={word!r} leaves nothing out, as no module of {type(model).__name__} has a "
+                    f"name that {'begins with' if fits is str.startswith else 'contains'} it."
+                    f"{did_you_mean(word, known)}"
+                )
+    return list(left.values())
+
+
+def _warn(text: str) -> None:
+    # The caller of apply_norm, past this function, the one that calls it, apply_norm and what is around it.
+    warnings.warn(text, UserWarning, stacklevel=5)
+
+
+def _check_model(model: Any, call: str) -> None:
+    if isinstance(model, nn.Module):
+        return
+    hint = "put them into a torch.nn.ModuleList, or call it for each"
+    if isinstance(model, type):
+        hint = f"make one first, {model.__name__}(...)"
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise TypeError(
+        f"{call} takes a model, an instance of torch.nn.Module, got {got}"
+        f"{f'; {hint}' if isinstance(model, type | list | tuple | dict) else ''}."
+    )
