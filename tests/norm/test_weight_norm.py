@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdeq import WeightNorm, apply_norm
 
@@ -80,6 +81,26 @@ def test_half_precision_is_summed_in_single():
         single = nn.Linear(4, 2)
         apply_norm(single)
         assert single.weight.dtype == torch.float32
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_read_takes_no_more_operations_than_the_formula():
+    for layer in (nn.Linear(4, 3), nn.Conv2d(2, 3, 3, dtype=F64)):
+        apply_norm(layer)
+        with torch.no_grad(), Operations() as done:
+            layer.weight  # noqa: B018
+        assert done.names == ["linalg_vector_norm", "div", "mul", "detach"]
 
 
 def test_a_vector_and_torchs_own_registration():

@@ -72,9 +72,11 @@ class WeightNorm(Norm):
         w = wide(v)
         if w.dim() == 1:
             return w.abs()
-        if self.dim:
-            w = w.transpose(0, self.dim).contiguous()  # what lies together is summed with a smaller error
-        return torch.linalg.vector_norm(w, dim=list(range(1, w.dim())), keepdim=True).transpose(0, self.dim)
+        others = list(range(1, w.dim()))
+        if not self.dim:
+            return torch.linalg.vector_norm(w, dim=others, keepdim=True)
+        w = w.transpose(0, self.dim).contiguous()  # what lies together is summed with a smaller error
+        return torch.linalg.vector_norm(w, dim=others, keepdim=True).transpose(0, self.dim)
 
     def _checked(self, weight: Tensor) -> Tensor:
         size = self.size(weight)
