@@ -28,6 +28,7 @@ from torchdeq.solver.base import SOLVER_REMEDY, SolverLoop
 from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.multisecant import Multisecant
 from torchdeq.solver.registry import as_solver
+from torchdeq.solver.splitting import splits
 
 
 def fixed_point(
@@ -233,6 +234,11 @@ def as_loop(name: str, solver: Any, default: SolverLoop) -> SolverLoop:
         return as_solver(solver, tol=default.tol, stop_mode=default.stop_mode, max_iter=default.max_iter)
     if not isinstance(solver, SolverLoop):
         raise TypeError(f"{name}={solver!r}: expected a Solver such as {default!r}, or a registered name.")
+    if name == "adjoint" and splits(solver):
+        raise TypeError(
+            f"adjoint={solver!r}: a splitting takes a MonotoneMap apart, which it does not find in a pure function's "
+            f"linear systems. Use adjoint={default!r}, or DEQ(grad=IFT(solver=PeacemanRachford()))."
+        )
     return solver
 
 

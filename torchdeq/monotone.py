@@ -17,7 +17,9 @@ from torchdeq.solver.prox import Prox
 class MonotoneLinear(nn.Module):
     """The linear part of a monotone equilibrium: W z, with W = (1 − m) I − AᵀA + B − Bᵀ, without a bias.
 
-    Any A and B will do, so an optimiser needs no projection. `map(x)` is the whole map σ(W z + x), which
+    Any A and B will do, so an optimiser needs no projection. In floating point that holds while ε ‖A‖² ≪ m, ε that of
+    the dtype of A: in bfloat16, with n=64 and m=0.1, rounding left 0.056 of m where ‖A‖ was 11, and −0.05 at 22;
+    `MonotoneMap.modulus` tells. `map(x)` is the whole map σ(W z + x), which
     `PeacemanRachford` and `ForwardBackward` solve, and any other solver where it can. A convolution is not among what
     this layer does.
 
@@ -69,7 +71,7 @@ class MonotoneLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A and B from U(−1/√n, 1/√n), which makes ‖I − W‖ about 2 to 3."""
+        """Draw A and B from U(−1/√n, 1/√n), which makes ‖I − W‖ about 1.9 for a large n."""
         for parameter in (self.A, self.B):
             nn.init.uniform_(parameter, -(self.features**-0.5), self.features**-0.5)
 

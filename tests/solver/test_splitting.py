@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from torchdeq import (
     GMRES,
     IFT,
     AffineMap,
+    ConvergenceWarning,
     Fallback,
     FixedPointIteration,
     ForwardBackward,
     MonotoneLinear,
     MonotoneMap,
+    Multisecant,
     PeacemanRachford,
     Status,
+    fixed_point,
+    implicit_root,
 )
 from torchdeq.solver.prox import PROXIMAL, as_prox
 
@@ -337,6 +342,45 @@ def test_under_autocast_the_slopes_are_those_of_the_f_that_is_differentiated(hoo
     assert all(bool(solution.converged.all()) for solution in seen)
 
 
+def test_a_tolerance_below_rounding_ends_the_solve_of_an_adjoint_and_of_a_state():
+    """W z is rounded to ε L beside z. Stopped for that, a solve is as good as one that goes on."""
+    layer, x = layer_of(n=40, m=0.1, gain=1.0).float(), injection(40, 16).float().requires_grad_()
+    with torch.no_grad():
+        layer.A.mul_(40)
+        layer.B.mul_(40)
+    ends = {}
+    for patience in (10, 0):
+        solver = PeacemanRachford(tol=1e-6, max_iter=3000, patience=patience)
+        seen = []
+        deq = DEQ(solver.replace(stop_mode="rel"), IFT(solver=solver), on_backward=seen.append)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            z, forward = deq(layer.map(x), torch.zeros_like(x))
+            z.square().sum().backward()
+        ends[patience] = forward, seen[0]
+    for stopped, other in zip(ends[10], ends[0], strict=True):
+        assert not bool(stopped.converged.any())
+        assert bool((stopped.status == Status.STALLED).all())
+        assert stopped.nfe < 1500 < 3000 <= other.nfe
+        # Both are at the level of rounding, some 0.2 ε L relative to the state; the longer one has had more chances.
+        assert bool((stopped.residual < 6 * other.residual).all())
+
+
+def test_the_traces_of_an_adjoint_are_bounds_of_its_residual():
+    layer, x = layer_of(n=20, m=1.0), injection(20, 4).requires_grad_()
+    found = []
+    for limit in (11, 21, 41, 3000):
+        seen = []
+        solver = PeacemanRachford(tol=1e-9, max_iter=limit)
+        deq = DEQ(PeacemanRachford(tol=1e-12, max_iter=3000), IFT(solver=solver), on_backward=seen.append)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            deq(layer.map(x), torch.zeros_like(x))[0].sum().backward()
+        found.append(seen[0])
+        assert bool((seen[0].abs_residual <= seen[0].abs_trace.amin(dim=0)).all())
+    assert bool((found[0].abs_residual > found[-1].abs_residual).all())
+
+
 def test_tangents_and_orders_by_splitting():
     """The tangent's system has J and not its transpose; second derivatives need both."""
     layer, x = layer_of(n=6, m=1.0), injection(6, 3)
@@ -373,6 +417,69 @@ def test_what_is_inverted_in_the_forward_solve_serves_the_backward_one(monkeypat
     again = deq(f, torch.zeros_like(x))[1]
     assert len(calls) == 3
     assert bool(again.converged.all())
+
+
+def writes():
+    """Ways in which weights change without a version that counts it, and one that does."""
+    return {
+        "in place": lambda w: w.mul_(20),
+        "data": lambda w: w.data.mul_(20),
+        "set": lambda w: setattr(w, "data", 20 * w),
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("write", list(writes()))
+@pytest.mark.parametrize("inference", [False, True], ids=["grad", "inference"])
+def test_what_is_kept_of_w_is_not_used_after_w_has_changed(solver, write, inference):
+    with torch.inference_mode(inference):
+        f = MonotoneMap(0.02 * layer_of(m=1.0).weight.detach(), injection(), 0.9)
+        solver = solver.replace(tol=1e-9, max_iter=20000)
+        solver(f, torch.zeros_like(f.bias))
+        before = f.lipschitz().clone()
+        writes()[write](f.weight)
+        fresh = MonotoneMap(f.weight.clone(), f.bias, 0.9)
+        now, want = (solver(g, torch.zeros_like(f.bias)) for g in (f, fresh))
+        assert float(fresh.lipschitz()) > 1.1 * float(before)
+        assert torch.equal(f.lipschitz(), fresh.lipschitz())
+        assert now.nfe == want.nfe
+        assert torch.equal(now.z, want.z)
+
+
+def test_what_a_fused_optimiser_writes_is_seen():
+    weight = torch.nn.Parameter(-torch.eye(40))
+    f = MonotoneMap(weight, injection().float(), 0.5)
+    optimiser = torch.optim.Adam([weight], lr=0.1, fused=True)
+    deq = DEQ(PeacemanRachford(tol=1e-4, max_iter=400), IFT(solver=PeacemanRachford(max_iter=400)))
+    for _ in range(2):
+        z, solution = deq(f, torch.zeros_like(f.bias))
+        want = PeacemanRachford(tol=1e-4, max_iter=400)(
+            MonotoneMap(weight.detach().clone(), f.bias, 0.5), torch.zeros_like(f.bias)
+        )
+        assert solution.nfe == want.nfe
+        assert torch.equal(solution.z, want.z)
+        z.square().sum().backward()
+        optimiser.step()
+
+
+def test_an_adjoint_sees_new_weights_though_no_splitting_solved_the_map(monkeypatch):
+    weight = layer_of(m=1.0).weight.detach()
+    f = MonotoneMap(weight, injection().requires_grad_(), 1.0)
+    seen, inverted = [], []
+    inverse = torch.linalg.inv
+    monkeypatch.setattr(torch.linalg, "inv", lambda a: inverted.append(a) or inverse(a))
+    adjoint = IFT(solver=PeacemanRachford(tol=1e-9, max_iter=2000))
+    deq = DEQ(PeacemanRachford(tol=1e-9, max_iter=2000), adjoint, on_backward=seen.append)
+    first, second = (deq(f, start)[0] for start in (torch.zeros_like(f.bias), torch.ones_like(f.bias)))
+    (first.square().sum() + second.square().sum()).backward()
+    assert len(inverted) == 1  # two solves of one map and their two backward passes
+    weight.data.copy_(weight.mT.clone())  # as monotone as before, and of the same norm
+    deq.solver, _ = Multisecant(tol=1e-9, max_iter=1000), inverted.clear()
+    deq(f, torch.zeros_like(f.bias))[0].square().sum().backward()
+    step = 2 / f.lipschitz()
+    eye = torch.eye(40, dtype=F64)
+    assert torch.allclose(inverted[-1], eye + step * (eye - weight.mT), atol=1e-12)
+    assert all(bool(solution.converged.all()) for solution in seen)
 
 
 def test_second_derivatives():
@@ -479,6 +586,15 @@ def test_the_norm_is_found_from_below_within_a_tenth(n):
         assert 0.9 * exact <= f.lipschitz() <= exact * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_the_norm_is_found_where_its_square_is_no_number_of_float32(scale):
+    a = random_matrix(20, 1.0, 3)
+    f = MonotoneMap((torch.eye(20) - scale * a.float()), torch.zeros(1, 20), 1.0)
+    i_w = torch.eye(20, dtype=F64) - f.weight.double()
+    exact = float(torch.linalg.matrix_norm(i_w, 2))
+    assert float(f.lipschitz()) == pytest.approx(exact, rel=0.1, abs=0)
+
+
 # Errors -----------------------------------------------------------------------------------------------
 
 
@@ -504,6 +620,32 @@ def test_as_an_adjoint_solver_they_need_a_monotone_map_too(solver):
         )
 
 
+@BOTH
+def test_a_splitting_in_a_chain_is_refused_as_an_adjoint_where_it_is_given(solver):
+    for chain in (Fallback(GMRES(), solver), Fallback(FixedPointIteration(), Fallback(GMRES(), solver))):
+        with pytest.raises(ValueError, match=r"has a splitting in a chain.*given by itself"):
+            IFT(solver=chain)
+    assert IFT(solver=Fallback(GMRES(), FixedPointIteration())).solver.solvers[0] == GMRES()
+
+
+@BOTH
+def test_a_splitting_is_refused_as_the_adjoint_solver_of_a_pure_function(solver):
+    for adjoint in (solver, Fallback(GMRES(), solver)):
+        with pytest.raises(TypeError, match=r"adjoint=.*does not find in a pure function's"):
+            fixed_point(lambda z: 0.5 * z, torch.ones(2, dtype=F64), adjoint=adjoint)
+        with pytest.raises(TypeError, match=r"adjoint=.*does not find in a pure function's"):
+            implicit_root(lambda z: 0.5 * z, torch.ones(2, dtype=F64), adjoint=adjoint)
+
+
+@BOTH
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_w_of_one_is_said_to_be_no_monotone_map(solver, alpha):
+    f = MonotoneMap(torch.eye(3, dtype=F64), torch.ones(2, 3, dtype=F64), 0.5)
+    assert float(f.lipschitz()) == 0
+    with pytest.raises(ValueError, match=r"W = I in torch.float64, so no m above 0 is right"):
+        solver.replace(alpha=alpha)(f, torch.zeros(2, 3, dtype=F64))
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="tanh is the proximal operator of a φ"):
         MonotoneLinear(4, activation="tanh")
@@ -518,7 +660,21 @@ def test_wrong_arguments_are_refused():
         MonotoneMap(torch.zeros(2, 3), torch.zeros(1, 2), 1.0)
     with pytest.raises(ValueError, match="with n=2"):
         MonotoneMap(torch.zeros(2, 2), torch.zeros(1, 3), 1.0)
-    for alpha in (0, -1.0, "1"):
+    for m in (0.0, float("inf")):
+        with pytest.raises(ValueError, match="above 0, and finite"):
+            MonotoneMap(torch.zeros(2, 2), torch.zeros(1, 2), m)
+    with pytest.raises(ValueError, match="n of at least 1"):
+        MonotoneMap(torch.zeros(0, 0), torch.zeros(1, 0), 1.0)
+    with pytest.raises(ValueError, match="n of at least 1"):
+        MonotoneLinear(0)
+    for w, c in (
+        (torch.complex64, torch.float32),
+        (torch.float32, torch.complex64),
+        (torch.int64, torch.float32),
+    ):
+        with pytest.raises(TypeError, match="real floating-point numbers"):
+            MonotoneMap(torch.zeros(2, 2, dtype=w), torch.zeros(1, 2, dtype=c), 1.0)
+    for alpha in (0, -1.0, "1", True, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="step length"):
             PeacemanRachford(alpha=alpha)
 
@@ -588,6 +744,32 @@ class Slopes(torch.nn.Module):
 
     def prox(self, y, alpha):
         return y - y.clamp(-self.weight * alpha, self.weight * alpha)
+
+
+def by_token_and_unit(y, alpha):
+    """A threshold for each token and unit of a state (B, 3, n)."""
+    size = torch.linspace(0.0, 0.5, 3 * y.shape[-1], dtype=y.dtype).reshape(3, -1)
+    size = size[0] if y.dim() == 2 else size
+    return y - y.clamp(-size * alpha, size * alpha)
+
+
+@BOTH
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("which", ["unit", "token"])
+def test_an_activation_of_your_own_sees_the_shape_of_the_state(solver, depth, which):
+    activation = Slopes().prox if which == "unit" else by_token_and_unit
+    layer, x = layer_of(m=1.0, activation=activation), injection(40, 6).reshape(2, 3, 40).requires_grad_()
+    solver = solver.replace(tol=1e-11, max_iter=5000)
+    z, solution = DEQ(solver, IFT(solver=solver), batch_dims=depth)(layer.map(x), torch.zeros_like(x))
+    assert bool(solution.converged.all())
+    with torch.no_grad():
+        assert torch.allclose(layer.map(x)(z), z, atol=1e-9)
+    g = cotangent(z.detach())
+    got = torch.autograd.grad(z, x, g)
+    exact, _ = DEQ(solver, IFT(solver=GMRES(tol=1e-12, max_iter=500)), batch_dims=depth)(
+        layer.map(x), torch.zeros_like(x)
+    )
+    assert error(got, torch.autograd.grad(exact, x, g)) < 1e-8
 
 
 class Unhashable:

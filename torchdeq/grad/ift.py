@@ -31,7 +31,7 @@ from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, layout_of_map
 from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.split_system import SplitSystems
-from torchdeq.solver.splitting import Splitting
+from torchdeq.solver.splitting import Splitting, splits
 
 ADJOINT_REMEDY = (
     "This was the adjoint solve of a backward pass, or that of a tangent. The residual is relative to the right-hand "
@@ -92,6 +92,12 @@ class IFT(GradMethod):
             isinstance(self.solver, SolverLoop),
             f"solver must be a Solver such as GMRES(tol=1e-6), got {self.solver!r}; "
             f"as_solver makes one from a name",
+        )
+        self.require(
+            isinstance(self.solver, Splitting) or not splits(self.solver),
+            f"solver={self.solver!r} has a splitting in a chain. A splitting solves the linear systems of a monotone "
+            f"map if it is given by itself: solver=PeacemanRachford(). A chain may hold solvers of any affine map, "
+            f"such as GMRES()",
         )
         self.require(
             isinstance(self.order, int) and not isinstance(self.order, bool) and self.order >= 1,

@@ -9,6 +9,7 @@ Kolter (2020), arXiv 2006.08591, theorem 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdeq._state import per_sample
 from torchdeq.solver.maps import generic
 from torchdeq.solver.prox import Prox, as_prox, check_prox
 
@@ -38,9 +40,9 @@ class MonotoneMap:
             nondecreasing, nonexpansive, and with p = prox_{αφ}(y) also p = prox_{βφ}(p + (β/α) (y − p)).
 
     Raises:
-        ValueError: W is not square, m is not above 0, there is no activation of this name, or the function is no
-            proximal operator; or it is called with a state whose last dimension is not n.
-        TypeError: the activation is neither a name nor a function, or the function fails.
+        ValueError: W is not square, or empty; m is not above 0; there is no activation of this name, or the function is
+            no proximal operator; or it is called with a state whose last dimension is not n.
+        TypeError: the activation is neither a name nor a function, or the function fails; W or c is not real.
 
     Example:
         Plain iteration diverges here, ‖W‖ = 3. No unit is cut off, so that the answer is (I − W)⁻¹ c.
@@ -57,20 +59,28 @@ class MonotoneMap:
     bias: Tensor
     m: float
     activation: str | Prox = "relu"
-    #: What has been computed from W, by name, with the version of W that it was computed from.
-    kept: dict[Any, tuple[int | None, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    #: What has been computed from W, by name, with W v for a generic v, by which W is known again.
+    kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or self.weight.shape[0] != self.weight.shape[1]:
             raise ValueError(f"MonotoneMap: W must be (n, n), got {tuple(self.weight.shape)}.")
+        if not len(self.weight):
+            raise ValueError("MonotoneMap: W must be (n, n) with n of at least 1, got (0, 0).")
+        for name, t in (("W", self.weight), ("c", self.bias)):
+            if not t.is_floating_point():
+                raise TypeError(
+                    f"MonotoneMap: {name} must be of real floating-point numbers, got {t.dtype}. A complex state is a "
+                    f"real one of twice the size: [[Re W, −Im W], [Im W, Re W]] acts on (Re z, Im z)."
+                )
         if self.bias.shape[-1:] != self.weight.shape[:1]:
             raise ValueError(
                 f"MonotoneMap: c must be (…, n) with n={self.weight.shape[0]} as W has, got {tuple(self.bias.shape)}."
             )
-        if not self.m > 0:
+        if not 0 < self.m < math.inf:
             raise ValueError(
-                f"MonotoneMap(m={self.m!r}): m must be above 0, by how much the symmetric part of I − W is above 0. At "
-                f"0 there may be no solution, or many."
+                f"MonotoneMap(m={self.m!r}): m must be above 0, and finite: by how much the symmetric part of I − W is "
+                f"above 0. At 0 there may be no solution, or many."
             )
         check_prox(self.activation, len(self.weight), self.weight.device)
 
@@ -108,41 +118,63 @@ class MonotoneMap:
         return as_prox(self.activation)(y, alpha)
 
     def keep(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, computed once for as long as W is as it is. A backward pass needs it again."""
-        version = None if self.weight.is_inference() else self.weight._version
-        if name not in self.kept or self.kept[name][0] != version:
-            self.kept[name] = version, make()
-        return self.kept[name][1]
+        """What `make` gives, computed once for as long as W is as it is. A backward pass needs it again.
+
+        Not every write counts up the version of a tensor: those of a fused optimiser and those through `.data` do not.
+        So a product with W tells whether it is still the same, to rounding.
+        """
+        image = self._image()
+        seen, value = self.kept.get(name, (None, image))
+        if seen is None or not torch.equal(seen, image):
+            value = make()
+            self.kept[name] = image, value
+        return value
+
+    @torch.no_grad()
+    def _image(self) -> Tensor:
+        """W v for a generic v, (n,)."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self.weight @ generic(self.weight[:1])[0]
 
     def dual(self, weight: Tensor, bias: Tensor, prox: Prox, *, transposed: bool) -> MonotoneMap:
         """The map with W or Wᵀ in it, another c and another σ, and with what has been computed from W."""
         dual = MonotoneMap(weight.detach(), bias, self.m)
-        object.__setattr__(
-            dual, "activation", prox
-        )  # one of ours, new at each solve: there is nothing to check
-        dual.kept.update({k: (v, t.mT if transposed and t.dim() else t) for k, (v, t) in self.kept.items()})
+        # One of ours, new at each solve: there is nothing to check.
+        object.__setattr__(dual, "activation", prox)
+        image, own = self._image(), dual._image()
+        for name, (seen, t) in self.kept.items():
+            if torch.equal(seen, image):
+                dual.kept[name] = own, (t.mT if transposed and t.dim() else t)
         return dual
 
     def lipschitz(self) -> Tensor:
-        """L = ‖I − W‖₂, (), by 30 steps of the power method: never above it, and for n up to 10⁴ within a tenth.
+        """L = ‖I − W‖₂, (), by 30 steps of the power method: never above it, up to rounding, and seldom far below.
 
-        An average-case bound on what is missing of L² is 0.9 ln(n) / 30 (Kuczyński and Woźniakowski 1992).
+        What is missing of L² is on average, over starts, at most 0.871 ln(n) / 29 of it, whatever W is (Kuczyński and
+        Woźniakowski 1992, doi 10.1137/0613066): a tenth of L for n = 500, a sixth for n = 10⁴. Of W as `MonotoneLinear`
+        draws it, 2 % is missing at n = 1000.
         """
         return self.keep("L", self._norm)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
-        a = _at_least_float32(torch.eye(len(self.weight), device=self.weight.device) - self.weight)
-        v = generic(a[:1])[0]
-        for _ in range(_POWER):
-            v = a.mT @ (a @ (v / torch.linalg.vector_norm(v)))
-        return torch.linalg.vector_norm(a @ (v / torch.linalg.vector_norm(v)))
+        with torch.autocast(self.weight.device.type, enabled=False):
+            a = _at_least_float32(torch.eye(len(self.weight), device=self.weight.device) - self.weight)
+            v = generic(a[:1])[0]
+            for _ in range(_POWER):  # of unit length between the two, or L² could overflow
+                v = a.mT @ _unit(a @ _unit(v))
+            return per_sample((a @ _unit(v))[None])[0]
 
     @torch.no_grad()
     def modulus(self) -> float:
         """The largest m that is right for W: the smallest eigenvalue of the symmetric part of I − W."""
         w = _at_least_float32(self.weight)
         return 1 - float(torch.linalg.eigvalsh((w + w.mT) / 2)[-1])
+
+
+def _unit(v: Tensor) -> Tensor:
+    """v / ‖v‖; 0 for 0."""
+    return v / per_sample(v[None]).clamp_min(torch.finfo(v.dtype).tiny)
 
 
 def _at_least_float32(a: Tensor) -> Tensor:
