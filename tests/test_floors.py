@@ -41,6 +41,7 @@ FLOORS = {
     "torchdeq.solver.stat": 5,
     "torchdeq.solver.utils": 5,
     "torchdeq.core": 5,
+    "torchdeq.cores": 5,
     "torchdeq.utils": 5,
     "torchdeq": 6,  # the package itself gathers the public names
     "torchdeq.zoo": 7,
