@@ -186,3 +186,43 @@ def test_products_are_counted_and_none_is_wasted_on_what_is_resolved() -> None:
     assert found.products == len(calls) == 6  # as many as there are numbers: nothing is left to learn
     found = leading_ritz(linear, torch.randn(2, 60, dtype=F64, generator=seeded()), 50, 20)
     assert found.products == 20  # where the space is full it is seen to be enough
+
+
+def triangular(n: int) -> Case:
+    """Nonnormal, its eigenvalues on the diagonal and ill-conditioned."""
+    generator = seeded()
+    a = torch.triu(torch.randn(n, n, dtype=F64, generator=generator), 1) / math.sqrt(n)
+    a += torch.diag(0.5 * torch.rand(n, dtype=F64, generator=generator))
+    return Case(a, float(a.diag().max()))
+
+
+@pytest.mark.parametrize("products", [300, 600])
+def test_what_is_settled_is_not_lost_to_more_products(products: int) -> None:
+    """A later space, or the last one, filled in part only, may know less: 2e-2 off once, after 7e-11."""
+    a, radius = triangular(100)
+    found = apply(a, products, m=20)
+    assert ((found.value.abs() - radius).abs() < 1e-9).all()
+    assert (found.error < 1e-8).all()
+
+
+def test_a_sample_keeps_its_answer_while_its_neighbours_go_on() -> None:
+    quick = torch.diag(torch.cat([torch.tensor([0.9], dtype=F64), torch.linspace(-0.1, 0.1, 99, dtype=F64)]))
+    both = torch.stack([quick, torch.diag(torch.linspace(-0.9, 0.91, 100, dtype=F64))])
+    start = torch.randn(2, 100, dtype=F64, generator=seeded())
+    found = leading_ritz(lambda v: torch.einsum("bij,bj->bi", both, v), start, 150, 20)
+    alone = leading_ritz(lambda v: v @ quick, start[:1], 150, 20)
+    assert alone.products < found.products
+    assert torch.allclose(found.value[:1], alone.value, rtol=1e-14)
+    assert torch.allclose(found.error[:1], alone.error, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+@pytest.mark.parametrize("m", [8, 64])
+def test_the_size_of_the_numbers_does_not_matter(scale: float, m: int) -> None:
+    """Squares of them are beyond what float64 can hold; samples of another size stand beside them."""
+    a = nonnormal(30, 2.0).a
+    sizes = torch.tensor([1.0, scale], dtype=F64)[:, None]
+    start = torch.randn(1, 30, dtype=F64, generator=seeded()).repeat(2, 1)
+    found = leading_ritz(lambda v: sizes * (v @ a.T), start, 60, m)
+    assert torch.allclose(found.value[1] / scale, found.value[0], rtol=1e-6 if m == 8 else 1e-12)
+    assert torch.allclose(found.error[1] / scale, found.error[0], rtol=1e-2)

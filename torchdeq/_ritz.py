@@ -35,26 +35,83 @@ def leading_ritz(linear: Map, start: Tensor, products: int, m: int) -> Ritz:
     Arguments:
         linear: A, (B, D) -> (B, D), each sample for itself.
         start: (B, D), real; zero in no sample, D at least 1.
-        products: how many products to make at most, at least 1. Fewer are made where more would change nothing.
+        products: how many products to make at most, at least 1. Fewer are made where a full space shows that more
+            would change nothing: m, or as many as there are numbers.
         m: vectors of the size of the start to hold at most, at least 8.
 
-    A sample whose products are not finite gets NaN for all.
+    A sample whose products are not finite gets NaN for all. The error may be far too small for an A that is defective
+    or far from normal and has more numbers than m: see `_Krylov.pairs`.
     """
     space = _Krylov(start / per_sample(start)[:, None], min(m, products, start.shape[1]))
+    scale, best = torch.ones_like(start[:, 0]), None
     for count in range(1, products + 1):
-        space.extend(linear(space.basis[:, space.used]))
-        if space.used < space.room:  # never beyond the last product
+        product = linear(space.basis[:, space.used])
+        if count == 1:
+            scale = _power_of_two(product)
+        space.extend(product / scale[:, None])  # the square of a number that is not near 1 may be none
+        if space.used < space.room and count < products:
             continue
-        value, y, error, resolved = space.pairs()
-        if count == products or resolved:
+        pairs = space.pairs()
+        best = _better(best, pairs, space)
+        if count == products or bool(best.done.all()):
             break
-        space.restart(value, y)
-    if space.used < space.room:
-        value, y, error, _ = space.pairs()
-    vector = torch.bmm(y[:, :1].real.to(start), space.basis[:, : space.used])[:, 0]
-    vector = vector / per_sample(vector)[:, None]
+        space.restart(pairs.value, pairs.y)
+    assert best is not None  # products is at least 1
+    vector = best.vector / per_sample(best.vector)[:, None]
     complex_dtype = torch.promote_types(start.dtype, torch.complex64)
-    return Ritz(value[:, 0].to(complex_dtype).to(start.device), vector, error.to(start), count)
+    wide = scale.to("cpu", torch.float64)
+    value, error = best.value * wide, best.error * wide
+    return Ritz(value.to(complex_dtype).to(start.device), vector, error.to(start), count)
+
+
+class _Best(NamedTuple):
+    """The leading pair that each sample is left with so far."""
+
+    value: Tensor  # (B,)
+    error: Tensor  # (B,)
+    vector: Tensor  # (B, D)
+    settled: Tensor  # (B,), see `_Pairs`
+    done: Tensor  # (B,), see `_Pairs`
+
+
+def _better(best: _Best | None, pairs: _Pairs, space: _Krylov) -> _Best:
+    """What each sample is left with once a space has been filled: the leading pair of it, or what there was before.
+
+    A new space knows more, but not if it was filled in part only; and for an A far from normal it may have lost what
+    was settled. Then the smaller error decides, and an eigenvalue is let go for another that is larger beyond doubt.
+    Before, the error is too coarse for that: the smallest of many would often be one that is too small.
+    """
+    value, error = pairs.value[:, 0], pairs.error
+    vector = torch.bmm(pairs.y[:, :1].real.to(space.basis), space.basis[:, : space.used])[:, 0]
+    if best is None:
+        return _Best(value, error, vector, pairs.settled, pairs.done)
+    larger = value.abs() - error > best.value.abs() + best.error
+    newer = ~best.settled if space.used == space.room else torch.zeros_like(best.settled)
+    take = ~best.done & (newer | (error <= best.error) | larger | error.isnan())
+    return _Best(
+        torch.where(take, value, best.value),
+        torch.where(take, error, best.error),
+        torch.where(take[:, None].to(vector.device), vector, best.vector),
+        torch.where(take, pairs.settled, best.settled),
+        best.done | (take & pairs.done),
+    )
+
+
+def _power_of_two(product: Tensor) -> Tensor:
+    """About the size of each sample's product (B, D), to divide it by without rounding, (B,); 1 where it has none."""
+    size = product.abs().amax(dim=1)
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+    return size / (2 * torch.frexp(size).mantissa)
+
+
+class _Pairs(NamedTuple):
+    """All Ritz pairs of a space, the largest modulus first."""
+
+    value: Tensor  # (B, j)
+    y: Tensor  # (B, j, j), the coordinates of their vectors in the space, as rows of unit norm
+    error: Tensor  # (B,), of the first
+    settled: Tensor  # (B,), whether the error is small, half of the digits at most
+    done: Tensor  # (B,), whether more products would only turn over what rounding has left
 
 
 class _Krylov:
@@ -97,12 +154,11 @@ class _Krylov:
         h = torch.where(finite[:, None, None], h, 0.0)  # LAPACK would refuse the whole batch
         return h[:, :-1], h[:, -1:], finite
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """All Ritz pairs, the largest modulus first.
+    def pairs(self) -> _Pairs:
+        """All Ritz pairs.
 
-        Returns:
-            The values (B, j); the coordinates of their vectors in V as rows of unit norm, (B, j, j); the error of the
-            first, (B,); and whether that is rounding in every sample.
+        The error of θ is its residual times its condition as an eigenvalue of H. Once the space has been restarted, H
+        has forgotten much of A, and an A far from normal, or defective, may be far worse conditioned than H.
         """
         h, b, finite = self.small()
         value, y = torch.linalg.eig(h)
@@ -116,15 +172,20 @@ class _Krylov:
         y, left = y.gather(1, rows), left.gather(1, rows)
         sensitivity = torch.linalg.vector_norm(left[:, 0], dim=1)
         sensitivity = torch.where((singular == 0) & sensitivity.isfinite(), sensitivity, torch.inf)
-        rounding = 10 * torch.finfo(self.basis.dtype).eps * torch.linalg.matrix_norm(h)
+        eps, level = torch.finfo(self.basis.dtype).eps, torch.linalg.matrix_norm(h)
+        rounding = 10 * eps * level
         residual = (b.to(y.dtype) @ y[:, 0, :, None]).abs().flatten() + self.lost
         error = torch.where(residual + rounding > 0, (residual + rounding) * sensitivity, 0.0)
-        resolved = bool(((residual <= rounding) | ~finite).all())
-        return (
+        settled = error <= eps**0.5 * level
+        # With a small residual alone θ may be far from any eigenvalue, and another space nearer to one.
+        whole = (b == 0).all(dim=2).flatten()  # an invariant space, beyond which there is nothing to be had
+        done = (residual <= rounding) & (settled | whole)
+        return _Pairs(
             torch.where(finite[:, None], value, torch.nan),
             y,
             torch.where(finite, error, torch.nan),
-            resolved,
+            settled,
+            done | ~finite,
         )
 
     def restart(self, value: Tensor, y: Tensor) -> None:

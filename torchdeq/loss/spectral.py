@@ -29,7 +29,8 @@ def power_method(
     Rayleigh quotient gives a part of |λ|, nonnormal J too, and where J is zero, so is |λ|. The result is exact where
     the state has at most `min(n_iters, m)` numbers. Else it may be off, mostly downwards; for a J far from
     normal, with ‖J‖ far above the radius, upwards as well. Where J is defective, n equal eigenvalues with one vector
-    are told apart by rounding, by about ε^(1/n). `diagnostics.leading_eigenvalue` estimates the error beside λ.
+    are told apart by rounding, by about ε^(1/n), and by far more if the state has more than m numbers.
+    `diagnostics.leading_eigenvalue` estimates the error beside λ, and says when that can be believed.
 
     Arguments:
         f0: the value f(z0), with its graph, in the structure and shapes of z0. The graph is kept.
