@@ -231,7 +231,9 @@ def measure(model: Digits, trained: Trained, data: Split) -> tuple[list[float], 
         accuracy(within),
         accuracy(few),
         float((far.converged & (far.nstep <= BUDGET)).double().mean()),
-        float(far.nstep.double().quantile(0.95)) if bool(far.converged.double().mean() >= 0.95) else math.inf,
+        float(far.nstep.double().quantile(0.95, interpolation="higher"))
+        if bool(far.converged.double().mean() >= 0.95)
+        else math.inf,
         float(radius.max()),
         float(size),
         sum(r > LEVEL for r in trained.residuals) / len(trained.residuals),
@@ -281,8 +283,10 @@ def plot(path: Path, drawn: Mapping[str, Drawn]) -> None:
             left.semilogy(steps, [statistics.median(residuals[k : k + width]) for k in steps], **style)
             right.semilogy(range(1, len(curves.solve[variant]) + 1), curves.solve[variant], **style)
         left.axhline(LEVEL, color="0.6", lw=0.8)
-        left.set(ylabel="largest relative residual", title=f"{name}: training, at most {BUDGET} evaluations")
-        right.set(title=f"{name}: the trained models, worst test sample", xlim=(0, 100), ylim=(1e-5, 10))
+        left.set_ylabel("largest relative residual")
+        left.set_title(f"{name}: training, at most {BUDGET} evaluations", fontsize=10)
+        right.set_title(f"{name}: the trained models, worst test sample", fontsize=10)
+        right.set(xlim=(0, 60), ylim=(1e-5, 10))
     axes[-1, 0].set_xlabel("training step")
     axes[-1, 1].set_xlabel("evaluations of f")
     for axis in axes.flat:
