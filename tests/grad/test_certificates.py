@@ -95,7 +95,9 @@ def through_get_deq(f, name, hook, reports, **adjoint):
         **{"b_tol": 1e-3, "b_max_iter": 50, **options},
     )  # fmt: skip
     states, _ = deq(
-        f, f.z0, backward_writer=lambda s: reports.append(Report(s["abs_lowest"], s["status"], int(s["nfe"][0])))
+        f,
+        f.z0,
+        backward_writer=lambda s: reports.append(Report(s["abs_lowest"], s["status"], int(s["nfe"][0]))),
     )
     # The hook form and the other give f of the solved state; 1e-13 from there its Jacobian is the same.
     return states[-1], states[-1].detach()
