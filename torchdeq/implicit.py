@@ -288,8 +288,8 @@ class NewtonRoot(NewtonKrylov):
         """As if the first step had been made."""
         return super().init(z)._replace(begun=True)
 
-    def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
-        return against_steps(super()._measured(z, fz, f), self, f)
+    def _measured(self, z: Tensor, fz: Tensor, f: Tally, *, rough: bool = False) -> Iterate:
+        return against_steps(super()._measured(z, fz, f, rough=rough), self, f)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -304,8 +304,8 @@ class NewtonMinimum(NewtonCG):
         (True, 0.25)
     """
 
-    def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
-        return against_steps(super()._measured(z, fz, f), self, f)
+    def _measured(self, z: Tensor, fz: Tensor, f: Tally, *, rough: bool = False) -> Iterate:
+        return against_steps(super()._measured(z, fz, f, rough=rough), self, f)
 
 
 def against_steps(now: Iterate, solver: SolverLoop, f: Tally) -> Iterate:

@@ -738,4 +738,4 @@ def test_no_more_differences_are_kept_than_can_say_anything():
     state, z = solver.init(torch.zeros(2, 3, dtype=F64)), torch.zeros(2, 3, dtype=F64)
     for _ in range(40):
         z, state = solver.step(None, z, torch.sin(40 * z) + z.flip(-1) + 1, state)
-    assert state.y.shape[1] == 9
+    assert state.v.shape[1] == 9

@@ -25,12 +25,13 @@ def test_on_an_affine_contraction_it_is_anderson_with_all_of_its_memory_and_so_g
 
 
 def test_where_the_first_step_says_little_it_begins_as_broydens():
-    """To the last bit: the first Picard step of this map leaves more than 0.7 of the residual."""
+    """To rounding: the first Picard step of this map leaves more than 0.7 of the residual."""
     f = TanhMap.make(gain=4.0)
     first = Multisecant(max_iter=2, tol=0.0)(f, f.z0).trace
     assert (first[1] > 0.7 * first[0]).all()
     mine = Multisecant(max_iter=15, tol=0.0, return_final=True)(f, f.z0)
-    assert torch.equal(mine.z, Broyden(max_iter=15, tol=0.0, return_final=True)(f, f.z0).z)
+    other = Broyden(max_iter=15, tol=0.0, return_final=True)(f, f.z0)
+    assert torch.allclose(mine.z, other.z, rtol=0, atol=1e-8)  # a chaotic map: rounding grows a thousandfold
 
 
 def test_a_grown_residual_makes_twenty_steps_of_broydens():

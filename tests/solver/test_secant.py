@@ -88,7 +88,7 @@ def test_at_the_memory_limit_the_oldest_difference_is_dropped(solver, dense):
     w = random_matrix(N, 0.9, 3)
     f = lambda z: torch.tanh(z @ w.T + 0.5)  # noqa: E731
     zs, state = run(solver, f, torch.zeros(1, N, dtype=F64), 9)
-    assert state.y.shape[1] == 3
+    assert state.v.shape[1] == 3
     for k in range(5, 10):
         expected = dense_step(zs[k - 4 : k], f, dense)
         assert (zs[k] - expected).norm() < 1e-9 * expected.norm()
@@ -156,5 +156,5 @@ def test_rounding_is_no_difference():
     state = solver.init(z)
     for _ in range(5):
         z, state = solver.step(f, z, f(z), state)
-    assert not state.y.any()
+    assert not state.v.any()
     assert torch.equal(z, torch.full((1, 3), 2.0, dtype=F64))

@@ -16,7 +16,6 @@ differentiated. Hooks, DDP, `torch.autograd.grad` and inputs that are not leaves
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -371,9 +370,12 @@ def _iterate(method: Reversible, tape: Tape, solver: FixedPointIteration) -> tup
     if tape.failed is not None:
         fz = torch.where(failed[:, None], start, fz)
     final = now._replace(z=tape.end[1].to(start.dtype))
-    nstep = watch.nstep.masked_fill(watch.active, tally.calls)
-    solution = solver._solution(final, failed, nstep, tally.calls, sizes, [], stalled=watch.stalled)
-    return [fz], dataclasses.replace(solution, coupled=bool(watch.coupled))
+    known = watch.samples
+    nstep = torch.where(watch.active, tally.calls, known.nstep)
+    solution = solver._solution(
+        final, failed, nstep, tally.calls, sizes, [], stalled=known.stalled, coupled=bool(known.coupled)
+    )
+    return [fz], solution
 
 
 def _too_far(method: Reversible, evaluations: int, dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchdeq.solver.secant import Products, SecantSolver
+from torchdeq.solver.secant import Entries, SecantSolver, against
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -79,18 +79,24 @@ class Anderson(SecantSolver):
         return 2.0 if self.type == 2 else math.inf
 
     @property
+    def keeps_y(self) -> bool:  # type: ignore[override]
+        """V is Y for type II, and S for type I."""
+        return self.type == 2
+
+    @property
     def needs_s(self) -> bool:  # type: ignore[override]
         """Only type I multiplies with differences of z."""
         return self.type == 1
 
-    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
-        """Of Y Yᵀ, or S Yᵀ."""
-        row, column = (products.yy, products.yy) if self.type == 2 else (products.ys, products.sy)
-        return row[:, None], column[:, None]
-
-    def model(self, k: Tensor, more: None) -> tuple[Tensor, bool]:
+    def entries(self, v: Tensor, u: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Entries:
         """(Y Yᵀ + λ I) γ = Y r, or S Yᵀ γ = S r."""
-        return (k[:, 0], False) if self.type == 1 else (regularised(k[:, 0], self.lam), True)
+        if self.type == 2:
+            yy, yr = against(v, y, r)
+            lam = default_lam(y.dtype) if self.lam is None else self.lam
+            return Entries(yy[:, None], yy[:, None], 1 + lam, yr)
+        sy, sr, ss = against(v, y, r, s)
+        (us,) = against(u, s)
+        return Entries((us - ss)[:, None] / self.tau, sy[:, None], None, sr)
 
 
 def regularised(gram: Tensor, lam: float | None = None) -> Tensor:

@@ -8,6 +8,7 @@ A solver supplies only `init` and `step`. What the loop knows of each sample liv
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from torchdeq._method import Method
 from torchdeq._replay import AutocastState
-from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample
+from torchdeq._state import FlatMap, Layout, Map, Tree, layout_of, per_sample, rough_norm
 from torchdeq.solution import Reporter, Solution, Status, StopMode
 from torchdeq.solver.coupling import is_random, mixes_samples
 from torchdeq.solver.learned import Estimate, Learned
@@ -61,6 +62,8 @@ class SolverLoop:
     #: Whether a step combines the numbers of a sample with coefficients found for that sample alone. Such a solver
     #: needs f to treat samples apart.
     separate: ClassVar[bool] = True
+    #: Whether a step is the same operations on the same shapes at every turn, once the state has `room`.
+    fixed_shape: ClassVar[bool] = False
     #: How often a sample may meet a non-finite value of f and try again by `rescue`.
     recovers: ClassVar[int] = 0
     #: Whether the solver has an `estimate` of (I − J)⁻¹ when it is done.
@@ -75,6 +78,15 @@ class SolverLoop:
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next iterate (B, D) and state, from the iterate z and its image fz. No host reads."""
         raise NotImplementedError(f"{type(self).__name__} must define init and step, or run")
+
+    def room(self, state: Any, steps: int) -> Any:
+        """The state in the form for a graph that serves every step: shapes fixed, no numbers that change in Python.
+
+        Arguments:
+            state: what `init` or `step` gave.
+            steps: how many steps it must have room for.
+        """
+        return state
 
     def rescue(
         self, z: Tensor, fz: Tensor, state: Any, struck: Tensor, strikes: Tensor
@@ -229,6 +241,7 @@ class SolverLoop:
         states: dict[int, Tensor] = {}
         wanted = [r for r in record if r > before]
 
+        rough = self._may_be_rough(z, f)
         while f.calls < f.limit:
             fz = f(z)
             k = f.calls
@@ -237,30 +250,44 @@ class SolverLoop:
                     states[k] = z
                 z, state = self.step(f, z, fz, state)
                 continue
-            now = self._measured(z, fz, f)
             if self.monitors:  # an evaluation that a step made elsewhere repeats the residual before it
                 sizes += sizes[-1:] * (k - before - 1 - len(sizes))
+            again = functools.partial(self._measured, z, fz, f) if rough else None
+            watch.see(self._measured(z, fz, f, rough=rough), k, again)
+            now = watch.now
             sizes.append((now.size, now.scale))
-            watch.see(now, k)
-            states |= {r: watch.best.z for r in wanted if r <= k and r not in states}
+            if wanted:
+                states |= {r: watch.best.z for r in wanted if r <= k and r not in states}
             over = watch.done or k >= f.limit
             if f.learned is not None:
                 f.learned.look(self, f, z, fz, state, watch, over)
             if over:
                 break
             if watch.struck is not None:
-                z, fz, state = self.rescue(z, fz, state, watch.struck, watch.strikes)
+                z, fz, state = self.rescue(z, fz, state, watch.struck, watch.samples.strikes)
             if self.compact and 2 * watch.count <= len(z) and k + 2 <= f.limit:
                 rows = watch.active.nonzero()[:, 0]
                 if not len(rows):
                     break
                 if watch.struck is None or not bool(watch.struck.any()):  # else fz is not what f gave
                     return self._without_the_rest(f, rows, z, fz, state, watch, wanted, states, sizes)
+            f.note(
+                None if now.size.dim() == 2 else now.size,
+                reads=not watch.flag.late and self.check_every == 1,
+                closer=watch.clean and self.stop_mode == "abs",
+            )
             z_next, state = self.step(f, z, fz, state)
             z = watch.hold(z_next, z)
+            f.forget()
+            del fz, z_next
 
         final = self._final(f, watch, f.calls)
         return self._watched(final, watch, f.calls, sizes, [states.get(r) for r in wanted])
+
+    def _may_be_rough(self, z: Tensor, f: Tally) -> bool:
+        """Whether norms are summed in float32, and summed again where that was not safe, which takes a look."""
+        cheap = z.dtype == torch.float32 and z.device.type == "cpu"
+        return cheap and self.check_every == 1 and not self._by_leaf(f)
 
     def _unknown(self, z: Tensor, f: Tally) -> Iterate:
         worst = z.new_full((z.shape[0],), math.inf)
@@ -270,11 +297,20 @@ class SolverLoop:
     def _by_leaf(self, f: Tally) -> bool:
         return self.norm == "max" and len(f.sizes) > 1
 
-    def _measured(self, z: Tensor, fz: Tensor, f: Tally) -> Iterate:
-        """z, in the precision in which f has seen it, with its residual, from fz = f(z)."""
+    def _measured(self, z: Tensor, fz: Tensor, f: Tally, *, rough: bool = False) -> Iterate:
+        """z, in the precision in which f has seen it, with its residual, from fz = f(z).
+
+        Arguments:
+            z, fz: (B, D).
+            f: the map.
+            rough: sum squares in the dtype of z, see `rough_norm`.
+        """
         z = f.rounded(z)
         with torch.no_grad():  # norms only decide; an unrolled solve would keep a graph of each
             r = f.residual(z, fz)
+            if rough:
+                size, scale = rough_norm(r), rough_norm(fz)
+                return Iterate(z, size, scale, size / scale if self.stop_mode == "rel" else size)
             if self._by_leaf(f):
                 # (B, leaves)
                 size = torch.stack([per_sample(leaf) for leaf in r.split(f.sizes, dim=1)], dim=1)
@@ -287,24 +323,30 @@ class SolverLoop:
     def _final(self, f: Tally, watch: Watch, k: int) -> Iterate:
         """What is returned: the last iterate, the best, or where samples have their best at different evaluations a
         mixture, if it holds when f sees it as a whole."""
-        now, best = watch.now, watch.best
-        watch.nstep = watch.nstep.masked_fill(watch.active, k)
+        known = watch.samples
+        now, best = known.now, known.best
+        if not watch.done:
+            known = known._replace(nstep=torch.where(known.active, k, known.nstep))
+        watch.samples = known
+        if watch.clean:
+            return now
         finite = now.measure.isfinite()
-        watch.failed = watch.failed | (watch.active & ~finite)
+        failed = known.failed | (known.active & ~finite)
+        watch.samples = known._replace(failed=failed)
         if self.return_final:
-            return now.where(~watch.failed, best)
+            return now.where(~failed, best)
         # Where f couples samples, those that have arrived together are not to be mixed with better ones from before.
-        arrived = (now.measure <= self.tol) & ~watch.failed & watch.coupled
+        arrived = (now.measure <= self.tol) & ~failed & known.coupled
         current = finite & ((now.measure <= best.measure) | arrived)
         if bool(current.all()):
             return now
         final = now.where(current, best)
         if len(final.z) == 1:
             return final
-        single = watch.single.where(~watch.failed, best)
+        single = known.single.where(~failed, best)
         if bool((single.measure <= final.measure).all()):  # one evaluation was best for all
             return single
-        return self._measured_together(f, final, single, watch.failed)
+        return self._measured_together(f, final, single, failed)
 
     def _measured_together(self, f: Tally, mixed: Iterate, single: Iterate, failed: Tensor) -> Iterate:
         """`mixed` if its residuals hold when f sees those states at once, otherwise `single`."""
@@ -373,8 +415,17 @@ class SolverLoop:
         states: list[Tensor | None],
     ) -> Solution:
         """The account of a solve that was watched."""
-        solution = self._solution(final, watch.failed, watch.nstep, nfe, sizes, states, stalled=watch.stalled)
-        return dataclasses.replace(solution, coupled=bool(watch.coupled))
+        known = watch.samples
+        return self._solution(
+            final,
+            known.failed,
+            known.nstep,
+            nfe,
+            sizes,
+            states,
+            stalled=None if watch.all_sound else known.stalled,
+            coupled=watch.coupled if watch.knows and not watch.flag.late else bool(known.coupled),
+        )
 
     def _solution(
         self,
@@ -387,6 +438,7 @@ class SolverLoop:
         short_of: Status = Status.MAX_ITER,
         *,
         stalled: Tensor | None = None,
+        coupled: bool = False,
     ) -> Solution:
         """The account of a solve, from its final iterate and the norms (residual, scale) along the way.
 
@@ -415,6 +467,7 @@ class SolverLoop:
             abs_trace=_no_nan(size),
             rel_trace=_no_nan(rel_size),
             states=[final.z if s is None else s for s in states],
+            coupled=coupled,
         )
 
 

@@ -12,13 +12,13 @@ it diverges); the line search backtracks per sample and its trials teach H too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdeq._state import Map, per_sample
-from torchdeq.solver.secant import Products, SecantSolver, SecantState
+from torchdeq.solver.secant import Entries, SecantSolver, SecantState, against
 
 _DECREASE = 1e-4  # Armijo's constant: accept α when ‖r⁺‖ ≤ (1 − 1e-4 α) ‖r‖
 _SMALLEST = 1 / 64  # … or when α has become this small
@@ -69,19 +69,22 @@ class Broyden(SecantSolver):
         return self.m or self.max_iter
 
     @property
+    def keeps_y(self) -> bool:  # type: ignore[override]
+        """V is S for the good method, and Y for the bad one."""
+        return self.kind == "bad"
+
+    @property
     def needs_s(self) -> bool:  # type: ignore[override]
         """The bad method multiplies with differences of r only."""
         return self.kind == "good"
 
-    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
+    def entries(self, v: Tensor, u: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Entries:
         """Of S Yᵀ + strictly lower part of S Sᵀ, which in the newest row is U s; or of the upper part of Y Yᵀ."""
-        if self.kind == "good":
-            return products.us[:, None], products.sy[:, None]
-        return torch.zeros_like(products.yy)[:, None], products.yy[:, None]
-
-    def model(self, k: Tensor, more: Any) -> tuple[Tensor, bool]:
-        """K γ = S r, or Y r."""
-        return k[:, 0], self.kind == "bad"
+        column, b = against(v, y, r)
+        if self.kind == "bad":
+            return Entries(torch.zeros_like(column)[:, None], column[:, None], 1.0, b)
+        (row,) = against(u, s)
+        return Entries(row[:, None], column[:, None], None, b)
 
     def begin(self, z: Tensor) -> Trial | None:
         """The line search has not tried anything."""
@@ -94,7 +97,11 @@ class Broyden(SecantSolver):
             return z_next, new
         last: Trial = state.more
         accepted = per_sample(new.r) <= (1 - _DECREASE * last.alpha) * state.size
-        accepted = accepted | (last.alpha <= _SMALLEST) if state.pairs >= 0 else torch.ones_like(accepted)
+        accepted = accepted | (last.alpha <= _SMALLEST)
+        if (
+            not isinstance(state.pairs, int) or state.pairs < 0
+        ):  # before the first evaluation there is nothing to accept
+            accepted = accepted | (state.pairs < 0)
         keep = accepted[:, None]
         trial = Trial(torch.where(keep, z_next - z, last.d), torch.where(accepted, 1.0, last.alpha / 2))
         base = torch.where(keep, z, state.z)

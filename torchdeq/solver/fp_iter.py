@@ -33,6 +33,7 @@ class FixedPointIteration(Solver):
     tau: float = 1.0
 
     separate: ClassVar[bool] = False
+    fixed_shape: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,3 +66,4 @@ class SimpleFixedPointIteration(FixedPointIteration):
     """
 
     monitors: ClassVar[bool] = False
+    fixed_shape: ClassVar[bool] = False

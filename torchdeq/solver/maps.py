@@ -60,6 +60,10 @@ class Tally:
         self.layout = layout
         self.calls = 0
         self.learned: Learned | None = None  # what the solve learns of (I − J)⁻¹, if that is wanted
+        #: Whether the host may read values on the way, and whether it knows that no residual has grown in this one.
+        self.reads = self.closer = False
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # z, f(z), and f(z) − z
+        self._size: Tensor | None = None  # (B,), the norm of the last of them
 
     def __call__(self, z: Tensor) -> Tensor:
         self.calls += 1
@@ -85,14 +89,49 @@ class Tally:
         return z if self.layout is None else self.layout.rounded(z)
 
     def residual(self, z: Tensor, fz: Tensor) -> Tensor:
-        """f(z) − z of the last call, fz = f(z), both (B, D)."""
+        """f(z) − z of the last call, fz = f(z), both (B, D). It is computed once."""
+        if self._last is not None and self._last[0] is z and self._last[1] is fz:
+            return self._last[2]
+        r = self._difference_of(z, fz)
+        self._last, self._size = (z, fz, r), None
+        return r
+
+    def _difference_of(self, z: Tensor, fz: Tensor) -> Tensor:
         return fz - z
+
+    def note(self, size: Tensor | None, *, reads: bool, closer: bool) -> None:
+        """Remember for the step that follows what the loop has found out.
+
+        Arguments:
+            size: the norm of the residual, (B,), if it is known.
+            reads: whether the host may read values.
+            closer: whether no residual has grown.
+        """
+        self._size, self.reads, self.closer = size, reads, closer
+
+    def forget(self) -> None:
+        """Let go of the states of the last call, before the next one takes memory."""
+        self._last = self._size = None
 
     def select(self, rows: Tensor) -> Tally:
         """f for some of the samples, with a count that goes on from here."""
         few = Tally(select_rows(self.f, rows), self.amp, self.limit, self.layout)
         few.calls = self.calls
         return few
+
+
+def residual_of(f: Map, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+    """fz − z (B, D) and its norm per sample (B,), where fz = f(z); those that the loop has computed, if it has.
+
+    Example:
+        >>> residual_of(torch.cos, torch.zeros(1, 4), torch.ones(1, 4))
+        (tensor([[1., 1., 1., 1.]]), tensor([2.]))
+    """
+    if not isinstance(f, Tally):
+        r = fz - z
+        return r, per_sample(r)
+    r = f.residual(z, fz)
+    return r, per_sample(r) if f._size is None else f._size
 
 
 def generic(like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from torchdeq.solver.anderson import default_lam
-from torchdeq.solver.secant import Products, SecantSolver
+from torchdeq.solver.secant import Entries, SecantSolver, against
 
 _CAUTION = 20  # steps without growth that make a sample calm
 _STRONG = 0.7  # what the first Picard step leaves of the residual where f contracts strongly
@@ -65,9 +65,12 @@ class Multisecant(SecantSolver):
         """m, or as many as there are steps."""
         return self.m or self.max_iter
 
-    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
-        """Of Y Yᵀ, and of S Yᵀ + strictly lower part of S Sᵀ."""
-        return torch.stack((products.yy, products.us), dim=1), torch.stack((products.yy, products.sy), dim=1)
+    def entries(self, v: Tensor, u: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Entries:
+        """Of Y Yᵀ, and of S Yᵀ + strictly lower part of S Sᵀ; and both Y r and S r."""
+        yy, yr = against(v, y, r)
+        uy, ur, us = against(u, y, r, s)
+        row, column = torch.stack((yy, us), dim=1), torch.stack((yy, uy - yy), dim=1)  # S = U − Y
+        return Entries(row, column, None, (yr, ur - yr))
 
     def begin(self, z: Tensor) -> Tensor:
         """Steps since the residual last grew, (B,); −1 before the first."""
@@ -78,10 +81,14 @@ class Multisecant(SecantSolver):
         strong = (more < 0) & (size <= _STRONG * before)
         return (more + 1).masked_fill(strong, _CAUTION).masked_fill(size > before, 0.0)
 
-    def model(self, k: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    def of_y(self, more: Tensor) -> Tensor:
+        """Where a sample is calm."""
+        return more >= _CAUTION
+
+    def model(self, k: Tensor, b: tuple[Tensor, Tensor], more: Tensor) -> tuple[Tensor, Tensor]:
         """Anderson's for a sample that is calm, Broyden's for one that is not."""
-        calm = more >= _CAUTION
+        calm = self.of_y(more)
         gram, good = k.unbind(1)
         k = torch.where(calm[:, None, None], gram, good)
-        k.diagonal(dim1=1, dim2=2).add_(calm[:, None], alpha=default_lam(k.dtype))
-        return k, calm
+        k.diagonal(dim1=1, dim2=2).add_(calm[:, None], alpha=default_lam(b[0].dtype))
+        return k, torch.where(calm[:, None], *b)

@@ -179,8 +179,7 @@ class Linearised(Tally):
         image = self.image.detach()
         return z + image if self.apart else image
 
-    def residual(self, z: Tensor, fz: Tensor) -> Tensor:
-        """See `Tally.residual`."""
+    def _difference_of(self, z: Tensor, fz: Tensor) -> Tensor:
         return self.image.detach() if self.apart else fz - z
 
     def columns(self) -> Tensor:

@@ -17,6 +17,10 @@ it, so that nothing can be dropped but all.
 
 Each pair (s, y) is divided by ‖y‖. That changes no iterate, and makes the diagonal of Y Yᵀ one: numbers of any scale
 are safe, and a regularisation is relative.
+
+Kept are V and U = S + τ Y; what else is needed of S and Y follows from them. Products with the histories are all that
+costs, so that each method makes those that it needs and no others. Rows not in use yet are zero, and K is the identity
+there: they get γ = 0.
 """
 
 from __future__ import annotations
@@ -28,34 +32,36 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from torchdeq._state import Map, per_sample
+from torchdeq._state import Map, per_sample, rough_norm
 from torchdeq.solver.base import Solver
+from torchdeq.solver.maps import Tally, residual_of
 
 
 class SecantState(NamedTuple):
-    """What a secant method remembers. Of the histories n rows are in use; where c are, the oldest is overwritten."""
+    """What a secant method remembers. Of the histories n rows are in use; where c are, the oldest is overwritten.
+
+    In a graph that serves every step (`SolverLoop.room`) `pairs` is a tensor, and all rows are in use from the start.
+    """
 
     z: Tensor  # (B, D), the last iterate
     r: Tensor  # (B, D), its residual
     size: Tensor  # (B,), the norm of r
-    y: Tensor  # (B, capacity, D), and zeros for alignment
-    u: Tensor  # likewise, s + τ y
-    k: Tensor  # (B, matrices, capacity, capacity)
+    v: Tensor  # (B, capacity, D), V, and zeros for alignment
+    u: Tensor  # likewise, S + τ Y
+    k: Tensor  # (B, matrices, N, N), N at least the capacity; in float64, and the identity beyond what is in use
     more: Any  # what a method remembers besides
-    pairs: int  # differences so far; −1 before the first evaluation
+    pairs: int | Tensor  # differences so far; −1 before the first evaluation; as a tensor (1,)
     valid: Tensor | None  # (B, capacity), which rows count, the others get γ = 0; None: all of them
     skip: Tensor | None  # (B,), how many differences to come say nothing; None: none
 
 
-class Products(NamedTuple):
-    """Inner products of the histories with the newest s and y, and with r; each (B, n)."""
+class Entries(NamedTuple):
+    """What a new pair adds to the small system."""
 
-    yy: Tensor  # Y y
-    yr: Tensor  # Y r
-    ys: Tensor  # Y s
-    sy: Tensor  # S y
-    sr: Tensor  # S r
-    us: Tensor  # U s
+    row: Tensor  # (B, matrices, n), of K, for the newest pair
+    column: Tensor  # (B, matrices, n)
+    corner: float | None  # where they meet; None: what stands in the column
+    b: Any  # V r, (B, n); or what `model` makes it from
 
 
 class SecantEstimate(NamedTuple):
@@ -94,7 +100,8 @@ class SecantEstimate(NamedTuple):
 class SecantSolver(Solver):
     """The histories, their order, the small system, and the safeguards.
 
-    A method supplies `depth` (c), `entries` (the row and the column of K for a new pair) and `model` (K and V).
+    A method supplies `depth` (c), `keeps_y` (V) and `entries` (K's row and column for a new pair, and V r); and
+    `model`, if K and V change from step to step.
 
     A sample whose f is not finite goes back to the iterate before and makes a Picard step of half the length from
     there, with an empty history; three times at most in a solve.
@@ -102,9 +109,12 @@ class SecantSolver(Solver):
 
     recovers: ClassVar[int] = 3
     learns: ClassVar[bool] = True
+    fixed_shape: ClassVar[bool] = True
     #: How many matrices K a method keeps.
     matrices: ClassVar[int] = 1
-    #: Whether K or V needs s.
+    #: Whether V is Y; otherwise it is S.
+    keeps_y: ClassVar[bool] = True
+    #: Whether `entries` needs s.
     needs_s: ClassVar[bool] = True
     #: A residual that grows by more than this factor empties the sample's history, and its step is half of Picard's.
     growth: ClassVar[float] = math.inf
@@ -116,18 +126,29 @@ class SecantSolver(Solver):
         """c, the largest number of differences in use."""
         raise NotImplementedError
 
-    def entries(self, products: Products) -> tuple[Tensor, Tensor]:
-        """K's row and column for the newest pair, (B, matrices, n) each. Where they meet the column counts."""
+    def entries(self, v: Tensor, u: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Entries:
+        """The small system's new row and column, and its right-hand side.
+
+        Arguments:
+            v, u: the histories, (B, n, D), with the new pair in them.
+            s, y: the new pair, (B, D). Products with the histories are made by `against`.
+            r: the residual, (B, D).
+        """
         raise NotImplementedError
 
-    def model(self, k: Tensor, more: Any) -> tuple[Tensor, Tensor | bool]:
-        """K (B, n, n) of this step, and whether V is Y, the same for all or per sample (B,). Otherwise it is S.
+    def model(self, k: Tensor, b: Any, more: Any) -> tuple[Tensor, Tensor]:
+        """K (B, n, n) of this step, and V r (B, n).
 
         Arguments:
             k: all matrices, (B, matrices, n, n).
+            b: what `entries` gave.
             more: what the method remembers besides.
         """
-        raise NotImplementedError
+        return k[:, 0], b
+
+    def of_y(self, more: Any) -> Tensor | bool:
+        """Whether V is Y in this step, the same for all samples or per sample (B,). Otherwise it is S."""
+        return self.keeps_y
 
     def notice(self, size: Tensor, before: Tensor, more: Any) -> Any:
         """What the method remembers besides, after the norm of the residual has gone from `before` to `size` (B,)."""
@@ -141,60 +162,101 @@ class SecantSolver(Solver):
         """An empty history; memory grows as it is used."""
         batch, size = z.shape
         row, none = z.new_zeros(batch), z.new_zeros(batch, 0, size + padding(size, z))
-        k = z.new_zeros(batch, self.matrices, 0, 0)
-        valid = torch.zeros(batch, 0, dtype=torch.bool, device=z.device) if self.growth < math.inf else None
-        return SecantState(z, z, row, none, none, k, self.begin(z), -1, valid, None)
+        k = none.new_zeros((batch, self.matrices, 0, 0), dtype=precise(z))
+        return SecantState(z, z, row, none, none, k, self.begin(z), -1, None, None)
+
+    def room(self, state: SecantState, steps: int) -> SecantState:
+        """See `SolverLoop.room`."""
+        batch, size = state.z.shape
+        depth = self._depth(size)
+        if isinstance(state.pairs, int):
+            device = state.z.device
+            state = state._replace(
+                pairs=torch.full((1,), state.pairs, device=device),
+                valid=torch.zeros(batch, 0, dtype=torch.bool, device=device),
+                skip=torch.zeros(batch, dtype=torch.int64, device=device),
+            )
+        capacity = state.v.shape[1]
+        wanted = min(depth, capacity + steps)
+        return state if wanted <= capacity else _widened(state, wanted)
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
         """The quasi-Newton step; the first one is Picard's."""
-        r = fz - z
-        size = per_sample(r)
+        r, size = residual_of(f, z, fz)
         step = torch.add(z, r, alpha=self.tau)
-        if state.pairs < 0:
-            return step, state._replace(z=z, r=r, size=size, pairs=0)
-        d = z.shape[1]
-        depth = min(self.depth, max(1, 3 * d))  # more differences than that say nothing new about d unknowns
-        n, slot = min(state.pairs + 1, depth), state.pairs % depth
-        state = _with_room(state, n, depth)
+        depth = self._depth(z.shape[1])
+        slot: int | Tensor
+        if isinstance(state.pairs, int):
+            if state.pairs < 0:
+                return step, state._replace(z=z, r=r, size=size, pairs=0)
+            n, slot = min(state.pairs + 1, depth), state.pairs % depth
+            state = _with_room(state, n, depth)
+        else:
+            n, slot = state.v.shape[1], state.pairs.clamp_min(0) % depth
 
         s, y = z - state.z, r - state.r
-        length = per_sample(y)
+        length = rough_norm(y) if reads(f) else per_sample(y)
         # A difference that is nothing but rounding, or that a rescue has spoilt, says nothing.
         info = torch.finfo(z.dtype)
-        void = length <= (info.eps * size).clamp_min(info.tiny)
+        void = length <= (info.eps * size).clamp_min_(info.tiny)
         if state.skip is not None:
             void = void | (state.skip > 0)
             state = state._replace(skip=(state.skip - 1).clamp_min(0))
-        weight = length.masked_fill(void, math.inf).reciprocal()[:, None]
-        s, y = s * weight, y * weight
-        state.y[:, slot, :d] = y
-        torch.add(s, y, alpha=self.tau, out=state.u[:, slot, :d])
+        if isinstance(state.pairs, Tensor):
+            void = void | (state.pairs < 0)
+        weight = length.reciprocal().masked_fill_(void, 0.0)[:, None]
+        y = y * weight
+        s = s * weight
+        _put(state.v, slot, y if self.keeps_y else s)
+        _put(state.u, slot, torch.add(s, y, alpha=self.tau))
 
-        products = self._products(state.y[:, :n], state.u[:, :n], s, y, r)
-        row, column = self.entries(products)  # (B, matrices, n)
-        corner = column[:, :, slot].masked_fill(
-            void[:, None], 1.0
-        )  # a void pair's row and column are 0 elsewhere
-        state.k[:, :, slot, :n] = row
-        state.k[:, :, :n, slot] = column
-        state.k[:, :, slot, slot] = corner
+        v, u = (state.v, state.u) if n == state.v.shape[1] else (state.v[:, :n], state.u[:, :n])
+        entries = self.entries(v, u, s, y, r)
+        _put_entries(state.k, slot, n, entries, void)
         more = self.notice(size, state.size, state.more)
-        k, of_y = self.model(state.k[:, :, :n, :n], more)
-        if isinstance(of_y, Tensor):
-            b = torch.where(of_y[:, None], products.yr, products.sr)
-        else:
-            b = products.yr if of_y else products.sr
-        if state.valid is not None:
-            state.valid[:, slot] = True
+        if isinstance(state.pairs, Tensor):  # before the first evaluation there is nothing to notice
+            begun = state.pairs >= 0
+            more = torch.where(begun, more, state.more) if isinstance(more, Tensor) else more
+        used = n + padding(n, state.k)
+        k, b = self.model(state.k[:, :, :used, :used], entries.b, more)
+        valid = self._valid(f, state, slot, n, size)
+        if valid is not None:
             if self.growth < math.inf:
-                grew = (size > self.growth * state.size)[:, None]
-                state.valid.masked_fill_(grew, False)
+                grew = self._grew(size, state)[:, None]
                 step = torch.where(grew, torch.add(z, r, alpha=self.tau / 2), step)
-            valid = state.valid[:, :n]
-            k, b = _of_valid(k, valid), torch.where(valid, b, 0.0)
-        gamma = solve_small(k, b)
-        z_next = step - torch.bmm(gamma[:, None], state.u[:, :n])[:, 0, :d]
-        return z_next, state._replace(z=z, r=r, size=size, more=more, pairs=state.pairs + 1)
+            k, b = _of_valid(k, valid[:, :n]), torch.where(valid[:, :n], b, 0.0)
+        gamma = solve_small(k, b, reads=reads(f))
+        z_next = minus(step, gamma, u)
+        return z_next, state._replace(z=z, r=r, size=size, more=more, pairs=state.pairs + 1, valid=valid)
+
+    def _depth(self, d: int) -> int:
+        """More differences than that say nothing new about d unknowns."""
+        return min(self.depth, max(1, 3 * d))
+
+    def _grew(self, size: Tensor, state: SecantState) -> Tensor:
+        grew = size > self.growth * state.size
+        return grew & (state.pairs >= 0) if isinstance(state.pairs, Tensor) else grew
+
+    def _valid(self, f: Map, state: SecantState, slot: int | Tensor, n: int, size: Tensor) -> Tensor | None:
+        """Which rows count from now on; None if all do, where the host may know."""
+        valid = state.valid
+        if valid is None:
+            if self.growth == math.inf or (isinstance(f, Tally) and f.closer):
+                return None
+            grew = self._grew(size, state)
+            if reads(f) and not bool(grew.any()):
+                return None
+            valid = torch.zeros(state.v.shape[:2], dtype=torch.bool, device=size.device)
+            valid[:, :n] = ~grew[:, None]
+            return valid
+        if isinstance(slot, int):
+            valid = valid.clone()
+            valid[:, slot] = True
+        else:
+            assert isinstance(state.pairs, Tensor)
+            begun = (state.pairs >= 0).expand(len(valid))
+            valid = valid.index_copy(1, slot, begun[:, None])
+        return valid & ~self._grew(size, state)[:, None] if self.growth < math.inf else valid
 
     def estimate(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> SecantEstimate:
         """See `SolverLoop.estimate`. The last difference counts too, as if another step were made."""
@@ -204,27 +266,17 @@ class SecantSolver(Solver):
         skip = (none if state.skip is None else state.skip).maximum((~finite).to(torch.int64))
         z, fz = torch.where(here, z, state.z), torch.where(here, fz, state.z + state.r)
         _, state = SecantSolver.step(self, f, z, fz, state._replace(skip=skip))
-        n = min(state.pairs, state.k.shape[2])
-        k, of_y = self.model(state.k[:, :, :n, :n], state.more)
+        assert isinstance(state.pairs, int)
+        n = min(state.pairs, state.v.shape[1])
+        v, u = state.v[:, :n], state.u[:, :n]
+        k, _ = self.model(state.k[:, :, :n, :n], (z.new_zeros(len(z), n),) * 2, state.more)
+        k = k.to(z.dtype)
         one = z.new_ones(len(z))
         use = z.new_ones(len(z), n)
         if state.valid is not None:
             k, use = _of_valid(k, state.valid[:, :n]), use * state.valid[:, :n]
-        return SecantEstimate(state.y[:, :n], state.u[:, :n], k, use, one * of_y, one * self.tau)
-
-    def _products(self, ys: Tensor, us: Tensor, s: Tensor, y: Tensor, r: Tensor) -> Products:
-        new = torch.stack((y, r, s) if self.needs_s else (y, r), dim=1)
-        if extra := padding(y.shape[1], y):
-            new = torch.nn.functional.pad(new, (0, extra))
-        # The transpose of a stack, not a stack of columns, which is four times slower.
-        yy, yr, *more = torch.bmm(ys, new.mT).unbind(2)
-        if not self.needs_s:
-            return Products(yy, yr, yy, yy, yr, yy)
-        uy, ur, us_ = torch.bmm(us, new.mT).unbind(2)
-        # S = U − τ Y
-        return Products(
-            yy, yr, more[0], torch.sub(uy, yy, alpha=self.tau), torch.sub(ur, yr, alpha=self.tau), us_
-        )
+        y = v if self.keeps_y else (u - v) / self.tau
+        return SecantEstimate(y, u, k, use, one * self.of_y(state.more), one * self.tau)
 
     def rescue(
         self, z: Tensor, fz: Tensor, state: SecantState, struck: Tensor, strikes: Tensor
@@ -243,26 +295,100 @@ class SecantSolver(Solver):
 
 
 def _of_valid(k: Tensor, valid: Tensor) -> Tensor:
-    """K (B, n, n), in which the differences that do not count (B, n) are apart from the others."""
+    """K (B, N, N), in which the differences that do not count (B, n) are apart from the others."""
+    if extra := k.shape[2] - valid.shape[1]:
+        valid = torch.nn.functional.pad(valid, (0, extra))
     eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
     return torch.where(valid[:, :, None] & valid[:, None], k, eye)
 
 
-def solve_small(k: Tensor, b: Tensor) -> Tensor:
-    """γ with K γ = b, (B, n), for K (B, n, n) and b (B, n); 0 for a sample whose K is singular: a Picard step.
+def solve_small(k: Tensor, b: Tensor, *, reads: bool = False) -> Tensor:
+    """γ with K γ = b, (B, n); 0 for a sample whose K is singular: a Picard step.
 
     In float64, where the device has it: K is ill-conditioned after some tens of steps, and costs next to nothing.
+
+    Arguments:
+        k: K, (B, N, N), the identity beyond n.
+        b: (B, n).
+        reads: whether the host may look if any sample is singular, rather than do what is then to be done in any case.
     """
     n, dtype = b.shape[1], b.dtype
-    if b.device.type in ("cpu", "cuda"):
-        k, b = k.double(), b.double()
-    if extra := padding(n, b):
+    k = k.to(precise(b))
+    if extra := padding(k.shape[1], k):
         k = torch.nn.functional.pad(k, (0, extra, 0, extra))
-        k.diagonal(dim1=1, dim2=2)[:, n:] = 1
-        b = torch.nn.functional.pad(b, (0, extra))
+        k.diagonal(dim1=1, dim2=2)[:, -extra:] = 1
+    if n < k.shape[1]:
+        padded = k.new_zeros(k.shape[:2])
+        padded[:, :n] = b
+        b = padded
+    else:
+        b = b.to(k.dtype)
     gamma, _ = torch.linalg.solve_ex(k, b)  # does not raise on a singular sample, which gets inf or NaN
-    broken = (gamma * 0).sum(dim=1, keepdim=True) != 0
-    return gamma.masked_fill(broken, 0.0)[:, :n].to(dtype)
+    if not (reads and math.isfinite(float(gamma.sum()))):
+        broken = (gamma * 0).sum(dim=1, keepdim=True) != 0
+        gamma = gamma.masked_fill(broken, 0.0)
+    return gamma[:, :n].to(dtype)
+
+
+def precise(like: Tensor) -> torch.dtype:
+    """float64, where the device of a tensor has it; otherwise its own dtype."""
+    return torch.float64 if like.device.type in ("cpu", "cuda") else like.dtype
+
+
+def against(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """The inner products of the rows of a history (B, n, D) with vectors (B, D), (B, n) each. One pass for all."""
+    new = torch.stack(vectors, dim=1) if len(vectors) > 1 else vectors[0][:, None]
+    if extra := history.shape[2] - new.shape[2]:
+        new = torch.nn.functional.pad(new, (0, extra))
+    # The vectors in front: as columns behind they take up to three times as long on a CPU.
+    return torch.bmm(new, history.mT).unbind(1)
+
+
+def minus(step: Tensor, gamma: Tensor, u: Tensor) -> Tensor:
+    """step − Uᵀγ, (B, D)."""
+    if u.shape[2] == step.shape[1]:
+        return torch.baddbmm(step[:, None], gamma[:, None], u, alpha=-1)[:, 0]
+    return step - torch.bmm(gamma[:, None], u)[:, 0, : step.shape[1]]
+
+
+def reads(f: Map) -> bool:
+    """Whether the loop lets the host look at values on the way."""
+    return isinstance(f, Tally) and f.reads
+
+
+def _put(history: Tensor, slot: int | Tensor, row: Tensor) -> None:
+    """Write a row (B, D) into a history (B, n, D), which may have zeros for alignment."""
+    if isinstance(slot, int):
+        history[:, slot, : row.shape[1]] = row
+        return
+    extra = history.shape[2] - row.shape[1]
+    row = torch.nn.functional.pad(row, (0, extra)) if extra else row
+    history.index_copy_(1, slot, row[:, None])
+
+
+def _put_entries(k: Tensor, slot: int | Tensor, n: int, entries: Entries, void: Tensor) -> None:
+    """Write a row and a column into K (B, matrices, N, N). A void pair's are 0, and 1 where they meet."""
+    row, column, corner, _ = entries
+    if isinstance(slot, int):
+        if corner is None:
+            column = column.clone()
+            column[:, :, slot].masked_fill_(void[:, None], 1.0)
+        k[:, :, slot, :n] = row
+        k[:, :, :n, slot] = column
+        if corner is not None:
+            k[:, :, slot, slot] = corner
+        return
+    if extra := k.shape[3] - n:
+        row, column = (torch.nn.functional.pad(part, (0, extra)) for part in (row, column))
+    row, column = row.to(k.dtype), column.to(k.dtype)
+    here = torch.arange(k.shape[3], device=k.device) == slot  # (N,)
+    column = (
+        torch.where(here & void[:, None, None], 1.0, column)
+        if corner is None
+        else torch.where(here, corner, column)
+    )
+    k.index_copy_(2, slot, row[:, :, None])
+    k.index_copy_(3, slot, column[:, :, :, None])
 
 
 def padding(size: int, like: Tensor) -> int:
@@ -276,14 +402,26 @@ def padding(size: int, like: Tensor) -> int:
 
 def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
     """The state with room for n pairs, and for seven more at most: memory follows use."""
-    batch, capacity, size = state.y.shape
+    capacity = state.v.shape[1]
     if n <= capacity:
         return state
-    more = min(4 if capacity < 8 else 8, depth - capacity)
-    none = state.y.new_zeros(batch, more, size)
+    return _widened(state, capacity + min(4 if capacity < 8 else 8, depth - capacity))
+
+
+def _widened(state: SecantState, wanted: int) -> SecantState:
+    """The state with room for so many pairs."""
+    batch, capacity, size = state.v.shape
+    more = wanted - capacity
+    none = state.v.new_zeros(batch, more, size)
+    before = state.k.shape[2]
+    k = state.k
+    if wanted > before:
+        grows = wanted + padding(wanted, k) - before
+        k = torch.nn.functional.pad(k, (0, grows, 0, grows))
+        k.diagonal(dim1=2, dim2=3)[:, :, before:] = 1
     return state._replace(
-        y=torch.cat([state.y, none], dim=1),
+        v=torch.cat([state.v, none], dim=1),
         u=torch.cat([state.u, none], dim=1),
-        k=torch.nn.functional.pad(state.k, (0, more, 0, more)),
+        k=k,
         valid=None if state.valid is None else torch.nn.functional.pad(state.valid, (0, more)),
     )

@@ -1,13 +1,16 @@
 """What the loop knows of each sample: its best iterate, and whether it goes on.
 
-After an evaluation the loop asks the device one question: did anything happen? Nearly always nothing did. Who takes
-part came closer without arriving, who does not stayed where it was. Only otherwise is there something to sort out.
+After an evaluation the loop asks one question: did all come closer? Nearly always they did, and then nothing can have
+happened but that some have arrived. Only otherwise is there something to sort out. What is sorted out is a function of
+tensors, in which the host reads nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 _NEAR_ROUNDING = 100.0
 #: … and no residual above this part of it does, whatever the dtype: eight units of bfloat16.
 _NO_ROUNDING = 1 / 16
+#: A norm below this may have lost squares that were too small for float32.
+_TOO_SMALL = 1e-15
 
 
 class Iterate(NamedTuple):
@@ -30,10 +35,10 @@ class Iterate(NamedTuple):
     measure: Tensor  # (B,), what is compared with tol
 
     def where(self, mask: Tensor, other: Iterate) -> Iterate:
-        """Per sample: this one where `mask` (B,), else `other`."""
+        """Per sample: this one where `mask` (B,), else `other`; or for all, where it is ()."""
         return Iterate(
             *(
-                torch.where(mask if a.dim() == 1 else mask[:, None], a, b)
+                torch.where(mask[:, None] if mask.dim() and a.dim() > 1 else mask, a, b)
                 for a, b in zip(self, other, strict=True)
             )
         )
@@ -52,8 +57,76 @@ def relative(size: Tensor, scale: Tensor) -> Tensor:
     return size / torch.maximum(scale, 1e-30 * size).clamp_min(torch.finfo(scale.dtype).tiny)
 
 
+class Samples(NamedTuple):
+    """What is known of the samples of a solve, as tensors: all that decides who goes on, and what is returned."""
+
+    best: Iterate  # the best of each
+    single: Iterate  # the evaluation that was best for all of them at once
+    now: Iterate  # the last one
+    active: Tensor  # (B,), who takes part
+    failed: Tensor  # (B,), who was not finite once too often
+    stalled: Tensor  # (B,)
+    coupled: Tensor  # (), whether a sample at rest was seen to move
+    nstep: Tensor  # (B,), evaluations until each stopped
+    strikes: Tensor  # (B,), its evaluations that were not finite
+    struck: Tensor  # (B,), whose last one was not, and who may try again
+    stale: Tensor  # (B,), evaluations since its best
+
+    @classmethod
+    def of(cls, start: Iterate) -> Samples:
+        """Before the first evaluation."""
+        count, device = start.z.shape[0], start.z.device
+        zero = torch.zeros(count, dtype=torch.int64, device=device)
+        none = torch.zeros(count, dtype=torch.bool, device=device)
+        return cls(start, start, start, ~none, none, none, none.any(), zero, zero, none, zero)
+
+
+def sort_out(solver: SolverLoop, known: Samples, now: Iterate, k: Tensor | int, level: float) -> Samples:
+    """What is known after evaluation k. The host reads nothing.
+
+    Arguments:
+        solver: whose `tol`, `min_iter`, `patience` and so on hold.
+        known: what was known before.
+        now: what has been measured.
+        k: the number of the evaluation, from 1; a number or a tensor ().
+        level: relative residuals below it may be rounding.
+    """
+    active, failed, stalled = known.active, known.failed, known.stalled
+    strikes, struck, stale, single = known.strikes, known.struck, known.stale, known.single
+    nstep = torch.where(active, k, known.nstep)
+    finite = now.measure.isfinite()
+    if solver.recovers:
+        strikes = strikes + (active & ~finite)
+        hopeless = (strikes > solver.recovers) | ~known.best.measure.isfinite() | ~active
+        failed = failed | (~finite & hopeless)
+        struck = active & ~finite & ~failed
+    else:
+        failed = failed | ~finite
+    improves = finite & (now.measure < known.best.measure)
+    best = now.where(improves, known.best)
+    better = _total(now, failed) < _total(single, failed)
+    single = now.where(better, single)
+    reached = (now.measure <= solver.tol) & ~failed
+    # A sample that rests stays as it is, unless f couples it to others that move.
+    rests = ~(active | failed | stalled)
+    coupled = known.coupled | (rests & (now.measure > 1.5 * solver.tol)).any()
+    if solver.patience and solver.tol > 0 and not solver.return_final:
+        stale = torch.where(active & ~improves, stale + 1, 0)
+        rounding = leaf_max(relative(now.size, now.scale)) <= level
+        stalled = stalled | ((stale >= solver.patience) & rounding & active)
+    sound = ~failed
+    if not solver.return_final:
+        # Recomputed, not accumulated: one that has risen above tol again takes part again. Once f is known to couple
+        # samples, all take part until they have arrived together.
+        able = ~(failed | stalled)
+        able = able & (~reached | (coupled & (able & ~reached).any()))
+        sound = torch.where(k < solver.min_iter, sound, able) if isinstance(k, Tensor) else sound
+        sound = able if isinstance(k, int) and k >= solver.min_iter else sound
+    return Samples(best, single, now, sound, failed, stalled, coupled, nstep, strikes, struck, stale)
+
+
 class Watch:
-    """The samples of one solve.
+    """The samples of one solve, and what the host knows of them.
 
     Arguments:
         solver: whose `tol`, `min_iter`, `patience` and so on hold.
@@ -63,101 +136,134 @@ class Watch:
 
     def __init__(self, solver: SolverLoop, start: Iterate, resolution: float):
         self.solver = solver
-        self.level = min(_NEAR_ROUNDING * resolution, _NO_ROUNDING)
-        self.best = self.single = self.now = start  # best per sample; best evaluation of all samples at once
-        self.stale: Tensor | float = 0.0  # evaluations since the best one, (B,)
-        count, device = start.z.shape[0], start.z.device
-        self.failed = torch.zeros(count, dtype=torch.bool, device=device)  # non-finite once too often
-        self.stalled = self.failed
-        self.active = ~self.failed
-        self.coupled = self.failed.any()  # whether a sample at rest was seen to move
-        self.nstep = torch.zeros(count, dtype=torch.int64, device=device)
-        self.strikes = torch.zeros_like(self.nstep)  # non-finite evaluations
+        self.level = rounding_level(resolution)
+        self.samples = Samples.of(start)
         self.struck: Tensor | None = None  # who was not finite just now and may try again, (B,)
-        self.flag = StopFlag(late=device.type == "cuda")
+        self.flag = StopFlag(late=start.z.device.type != "cpu")
         # What the host knows. On an accelerator that is the state one evaluation ago.
-        self.all_active, self.count = count > 0, count
-        self.done = count == 0
+        self.count = len(start.z)
+        self.all_active = self.count > 0
+        self.all_sound = True  # nobody has failed or stalled
+        self.coupled = self.any_stale = False
+        self.done = self.count == 0
         self.knows = True  # whether it has heard of all that happened
+        self.clean = False  # whether the last evaluation was the best of every sample
 
-    def see(self, now: Iterate, k: int) -> None:
-        """Take note of evaluation k."""
+    @property
+    def now(self) -> Iterate:
+        """The last evaluation."""
+        return self.samples.now
+
+    @property
+    def best(self) -> Iterate:
+        """The best of each sample."""
+        return self.samples.best
+
+    @property
+    def active(self) -> Tensor:
+        """Who takes part, (B,)."""
+        return self.samples.active
+
+    @property
+    def failed(self) -> Tensor:
+        """Who was not finite once too often, (B,)."""
+        return self.samples.failed
+
+    def see(self, now: Iterate, k: int, again: Callable[[], Iterate] | None = None) -> None:
+        """Take note of evaluation k.
+
+        Arguments:
+            now: what was measured.
+            k: its number.
+            again: measures again, more carefully. None: what was measured is safe.
+        """
         asks = k % self.solver.check_every == 0
-        self.struck = None
-        if asks and self.knows and not self.flag.late and self._quiet(now):
-            self.best = self.single = self.now = now
-            self.stale = 0.0
+        reads = asks and self.knows and not self.flag.late
+        if reads and again is not None and not _is_safe(now):
+            now = again()
+        self.clean = reads and not self.coupled and self._came_closer(now)
+        if self.clean:
+            self._arrive(now, k)
             return
-        self._sort_out(now, k)
-        self.all_active = self.knows = False
-        if asks:
-            answer = self.flag(self.active.sum(dim=0, keepdim=True))
-            if answer is not None:
-                (self.count,), self.knows = answer, True
-                self.done = self.count == 0
-                # What is late may be out of date.
-                self.all_active = self.count == len(self.active) and not self.flag.late
+        self.samples = known = sort_out(self.solver, self.samples, now, k, self.level)
+        self.struck = known.struck if self.solver.recovers else None
+        self.all_active = self.all_sound = self.knows = False
+        self.any_stale = True
+        if not asks:
+            return
+        out = known.failed | known.stalled
+        coupled = known.coupled.expand_as(out)
+        answer = self.flag(torch.stack((known.active, out, known.struck, coupled)).sum(dim=1))
+        if answer is None:
+            return
+        self.count, unsound, struck, moved = answer
+        self.knows, self.done, self.coupled = True, self.count == 0, moved > 0
+        if not self.flag.late:  # what is late may be out of date
+            self.all_active, self.all_sound = self.count == len(out), unsound == 0
+            self.struck = self.struck if struck else None
 
     def rows(self, index: Tensor) -> Watch:
         """The watch of some of the samples, as it stands."""
         part = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Iterate):
-                setattr(part, name, value.rows(index))
-            elif isinstance(value, Tensor) and value.dim() == 1:
-                setattr(part, name, value[index])
+        parts: list[Any] = [
+            t.rows(index) if isinstance(t, Iterate) else t[index] if t.dim() else t for t in self.samples
+        ]
+        part.samples = Samples(*parts)
+        part.struck = None if self.struck is None else self.struck[index]
         part.all_active, part.count = True, len(index)
         return part
 
-    def _quiet(self, now: Iterate) -> bool:
-        quiet = (now.measure < self.best.measure) & (now.measure > self.solver.tol)
+    def _came_closer(self, now: Iterate) -> bool:
+        """Whether who takes part has come closer, and who does not stays where it was. NaN is neither."""
+        closer = now.measure < self.best.measure
         if not self.all_active:
-            quiet = torch.where(self.active, quiet, now.measure == self.now.measure)
-        return bool(quiet.all())
+            closer = torch.where(self.active, closer, now.measure == self.now.measure)
+        return bool(closer.all())
 
-    def _sort_out(self, now: Iterate, k: int) -> None:
-        solver, count = self.solver, now.z.shape[0]
-        self.nstep = self.nstep.masked_fill(self.active, k)
-        finite = now.measure.isfinite()
-        if solver.recovers:
-            self.strikes = self.strikes + (self.active & ~finite)
-            hopeless = (self.strikes > solver.recovers) | ~self.best.measure.isfinite() | ~self.active
-            self.failed = self.failed | (~finite & hopeless)
-            self.struck = self.active & ~finite & ~self.failed
-        else:
-            self.failed = self.failed | ~finite
-        improves = finite & (now.measure < self.best.measure)
-        self.best = now.where(improves, self.best)
-        if count > 1:
-            better = _total(now, self.failed) < _total(self.single, self.failed)
-            if self.flag.late or solver.check_every > 1:
-                self.single = now.where(better.expand(count), self.single)
-            elif bool(better):
-                self.single = now
-        reached = (now.measure <= solver.tol) & ~self.failed
-        # A sample that rests stays as it is, unless f couples it to others that move.
-        rests = ~(self.active | self.failed | self.stalled)
-        self.coupled = self.coupled | (rests & (now.measure > 1.5 * solver.tol)).any()
-        if solver.patience and solver.tol > 0 and not solver.return_final:
-            waits = self.active & ~improves
-            self.stale = torch.where(waits, self.stale + 1, 0.0)
-            rounding = leaf_max(relative(now.size, now.scale)) <= self.level
-            self.stalled = self.stalled | ((self.stale >= solver.patience) & rounding & self.active)
-        if solver.return_final or k < solver.min_iter:
-            self.active = ~self.failed
-        else:
-            # Recomputed, not accumulated: one that has risen above tol again takes part again. Once f is known to
-            # couple samples, all take part until they have arrived together.
-            able = ~(self.failed | self.stalled)
-            self.active = able & (~reached | (self.coupled & (able & ~reached).any()))
-        self.now = now
+    def _arrive(self, now: Iterate, k: int) -> None:
+        """All have come closer. So nothing can have happened but that some have arrived."""
+        solver, known = self.solver, self.samples
+        self.struck = None
+        known = known._replace(best=now, single=now, now=now)
+        if self.any_stale:
+            known, self.any_stale = known._replace(stale=torch.zeros_like(known.stale)), False
+        if (
+            k >= solver.min_iter
+            and not solver.return_final
+            and not (self.all_active and float(now.measure.amin()) > solver.tol)
+        ):
+            goes_on = known.active & (now.measure > solver.tol)
+            known = known._replace(nstep=torch.where(known.active, k, known.nstep), active=goes_on)
+            self.count = int(goes_on.sum())
+            self.done, self.all_active = self.count == 0, self.count == len(goes_on)
+        self.samples = known
 
     def hold(self, z_next: Tensor, z: Tensor) -> Tensor:
         """z_next for the samples that take part, and z, or the best state, for those at rest."""
         if self.all_active:
             return z_next
-        at_rest = torch.where((self.failed | self.stalled)[:, None], self.best.z, z)
-        return torch.where(self.active[:, None], z_next, at_rest)
+        if self.all_sound:
+            return torch.where(self.active[:, None], z_next, z)
+        return held(self.samples, z_next, z)
+
+
+def held(known: Samples, z_next: Tensor, z: Tensor) -> Tensor:
+    """See `Watch.hold`. The host reads nothing."""
+    at_rest = torch.where((known.failed | known.stalled)[:, None], known.best.z, z)
+    return torch.where(known.active[:, None], z_next, at_rest)
+
+
+def rounding_level(resolution: float) -> float:
+    """The relative residual that may consist of rounding, for an f that computes with this ε."""
+    return min(_NEAR_ROUNDING * resolution, _NO_ROUNDING)
+
+
+def _is_safe(now: Iterate) -> bool:
+    """Whether no square has overflowed or vanished in norms that were summed in their own dtype, float32."""
+    if not now.size.numel():
+        return True
+    low, high = torch.stack((now.size, now.scale)).aminmax()
+    return float(low) > _TOO_SMALL and float(high) < math.inf
 
 
 class StopFlag:
