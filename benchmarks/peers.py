@@ -30,6 +30,8 @@ from record import Enough, Record, count, curves_of, worst
 CACHE = Path(__file__).parent / ".cache"
 SLACK = 1.001  # of a residual that a peer has found to be at the level by an estimate of its own
 WHEEL = "torchdeq-0.1.0-py3-none-any.whl"
+# What is raised where a peer cannot be had.
+UNREACHABLE = (ImportError, OSError, subprocess.SubprocessError)
 # What a solver may raise when it breaks down. What it had reached before counts.
 BREAKDOWNS = (Enough, ValueError, ArithmeticError, RuntimeError, torch.linalg.LinAlgError)
 
@@ -73,7 +75,7 @@ def find_peers(paths: Sequence[Path], goal: float) -> Peers:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # jaxopt's, that it is no longer maintained
                 forward, adjoint, versions = load()
-        except (ImportError, OSError, subprocess.SubprocessError) as error:
+        except UNREACHABLE as error:
             found.missing.append(f"{name}: skipped, {error}")
             continue
         found.forward.extend(forward)
@@ -92,7 +94,7 @@ def version(package: str) -> str:
 def _torchdeq_methods(
     goal: float, wheels: Sequence[Path]
 ) -> tuple[list[Method], list[Method], dict[str, str]]:
-    solver = _old_torchdeq(wheels)
+    solver = old_torchdeq(wheels).solver
 
     def method(name: str, group: str, **options: Any) -> tuple[Method, Method]:
         solve = functools.partial(getattr(solver, name), tol=0.0, **options)
@@ -113,8 +115,8 @@ def _torchdeq_methods(
     return list(forward), [m for m in adjoint if "fixed" not in m.name], {"torchdeq (peer)": "0.1.0"}
 
 
-def _old_torchdeq(wheels: Sequence[Path]) -> ModuleType:
-    """The solvers of torchdeq 0.1.0, as the package torchdeq_peer; its modules import relatively, so that works."""
+def old_torchdeq(wheels: Sequence[Path]) -> ModuleType:
+    """torchdeq 0.1.0, as the package torchdeq_peer; its modules import relatively, so that works."""
     home = CACHE / "torchdeq_peer"
     if not home.is_dir():
         CACHE.mkdir(exist_ok=True)
@@ -129,7 +131,9 @@ def _old_torchdeq(wheels: Sequence[Path]) -> ModuleType:
             Path(unpacked, "torchdeq").rename(home)
     if str(CACHE) not in sys.path:
         sys.path.append(str(CACHE))
-    return importlib.import_module("torchdeq_peer.solver")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its docstrings have invalid escapes
+        return importlib.import_module("torchdeq_peer")
 
 
 def _quietly(run: Callable[[], Any]) -> Any:
