@@ -1,6 +1,6 @@
-"""How much memory does each gradient method hold between forward and backward, and at its peaks?
+"""How much memory do solvers hold, and gradient methods between forward and backward? And torchdeq 0.1.0's?
 
-    python benchmarks/memory.py [--quick] [--out benchmarks/results]
+    python benchmarks/memory.py [--quick] [--peers WHEEL] [--out benchmarks/results]
 
 writes memory.md and memory.png. See README.md here for what is measured and how.
 """
@@ -8,17 +8,21 @@ writes memory.md and memory.png. See README.md here for what is measured and how
 from __future__ import annotations
 
 import argparse
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
-from peers import Peers
+import solver_memory
+from allocator import allocations
+from peers import UNREACHABLE, Peers, old_torchdeq
 from report import environment, grid
 from torchdeq import (
     DEQ,
@@ -41,6 +45,7 @@ MIB = 2**20
 #: the work space of an accelerated solver is not taken for the method's.
 METHODS: tuple[tuple[GradMethod, type[Solver]], ...] = (
     (IFT(), FixedPointIteration),
+    (IFT(solver=FixedPointIteration(tol=1e-5, stop_mode="rel")), FixedPointIteration),
     (IFT(hook=True), FixedPointIteration),
     (IFT(order=2), FixedPointIteration),
     (JFB(), FixedPointIteration),
@@ -54,6 +59,11 @@ METHODS: tuple[tuple[GradMethod, type[Solver]], ...] = (
     (Reversible(beta=0.2, dtype=torch.float64), FixedPointIteration),
     (TruncatedCycle(), FixedPointIteration),
 )
+
+#: Gradients of 0.1.0, by plain iteration too, which it uses in the backward pass if nothing is said.
+OLD: tuple[dict[str, Any], ...] = ({"ift": True}, {"hook_ift": True}, {"grad": 1}, {"grad": 5})
+#: The loss of a step.
+Forward = Callable[[], Tensor]
 
 
 class Bytes(NamedTuple):
@@ -88,44 +98,73 @@ class Problem:
         assert solution.nfe + 1 >= solver.max_iter  # an iteration that stopped early would look small
         return z.square().sum()
 
+    def forward_by(self, deq: torch.nn.Module) -> Tensor:
+        """By a module of 0.1.0."""
+        states, _ = deq(self, torch.zeros_like(self.x))
+        return states[-1].square().sum()
+
 
 def measure(problem: Problem, method: GradMethod, solver: Solver) -> Bytes:
+    """One step by a gradient method of ours."""
+    return measure_step(problem, functools.partial(problem.forward, method, solver))
+
+
+def measure_step(problem: Problem, forward: Forward) -> Bytes:
     """One step, watched at the allocator; before it one that is not, which makes what is made once."""
-    saved = saved_bytes(problem, method, solver)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+    saved = saved_bytes(problem, forward)
+
+    def step() -> None:
         with record_function("the forward pass"):
-            loss = problem.forward(method, solver)
+            loss = forward()
         loss.backward()
-    problem.w.grad = None
-    events = watch.profiler.kineto_results.events()
-    (end,) = (e.end_ns() for e in events if e.name() == "the forward pass")
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = held = forward = backward = 0
-    for when, change in changes:
-        now += change
-        if when <= end:
-            held, forward = now, max(forward, now)
-        else:
-            backward = max(backward, now)
-    return Bytes(forward, held, backward, saved)
+        problem.w.grad = None
+
+    memory = allocations(step, "the forward pass")
+    ((begin, end),) = memory.spans["the forward pass"]
+    return Bytes(memory.between(begin, end), memory.at(end), memory.after(end), saved)
 
 
-def saved_bytes(problem: Problem, method: GradMethod, solver: Solver) -> int:
+def saved_bytes(problem: Problem, forward: Forward) -> int:
     with SavedBytes(ignore=[problem.w, problem.x]) as saved:
-        problem.forward(method, solver).backward()
+        forward().backward()
     problem.w.grad = None
     return saved.peak
 
 
-def run(problem: Problem, counts: Sequence[int]) -> dict[str, list[Bytes]]:
+def run(problem: Problem, counts: Sequence[int], old: ModuleType | None) -> dict[str, list[Bytes]]:
     """For each method one measurement per count."""
-    return {
+
+    def theirs(options: dict[str, Any], k: int) -> Forward:
+        assert old is not None
+        deq = old.get_deq(f_max_iter=k, f_tol=0.0, b_tol=1e-5, b_stop_mode="rel", **options)
+        return functools.partial(problem.forward_by, deq)
+
+    found = {
         repr(method): [measure(problem, method, kind(max_iter=k, tol=0.0, patience=0)) for k in counts]
         for method, kind in METHODS
     }
+    for options in OLD if old is not None else ():
+        name = f"0.1.0 get_deq({', '.join(f'{k}={v}' for k, v in options.items())})"
+        found[name] = [measure_step(problem, theirs(options, k)) for k in counts]
+    return found
 
 
-def write_report(path: Path, problem: Problem, counts: Sequence[int], found: dict[str, list[Bytes]]) -> None:
+def find_old(wheels: Sequence[Path]) -> tuple[ModuleType | None, list[str]]:
+    """torchdeq 0.1.0, or why there is none."""
+    try:
+        return old_torchdeq(wheels), []
+    except UNREACHABLE as error:
+        return None, [f"torchdeq 0.1.0: skipped, {error}"]
+
+
+def write_report(
+    path: Path,
+    problem: Problem,
+    counts: Sequence[int],
+    states: dict[str, list[solver_memory.States]],
+    found: dict[str, list[Bytes]],
+    missing: list[str],
+) -> None:
     def cell(rows: list[Bytes], what: Callable[[Bytes], int]) -> str:
         return " / ".join(f"{what(row) / MIB:.2f}" for row in rows)
 
@@ -137,12 +176,18 @@ def write_report(path: Path, problem: Problem, counts: Sequence[int], found: dic
     }
     state, weights = (4 * t.numel() / 2**10 for t in (problem.x, problem.w))
     lines = [
-        "# Memory of a training step",
+        "# Memory of solvers and of a training step",
         "",
         "Written by `benchmarks/memory.py`; `benchmarks/README.md` says what is measured.",
         "",
-        *environment(Peers([], [], {}, [])),
+        *environment(Peers([], [], {} if missing else {"torchdeq (peer)": "0.1.0"}, missing)),
         f"- state {state:g} KiB, parameters {weights:g} KiB, float32",
+        "",
+        "## Solvers",
+        "",
+        *solver_memory.section(states, counts, problem.x.shape),
+        "",
+        "## Gradient methods",
         "",
         "![Memory of gradient methods](memory.png)",
         "",
@@ -203,14 +248,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a tiny map: a test that it runs")
+    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="a wheel of torchdeq 0.1.0")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where to write")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     counts = (7, 9) if args.quick else COUNTS
     problem = Problem.make(batch=2, n=8) if args.quick else Problem.make(batch=32, n=512)
-    found = run(problem, counts)
+    old, missing = (None, ["all: --quick"]) if args.quick else find_old(args.peers)
+    states = solver_memory.run(problem, torch.zeros_like(problem.x), counts, old and old.solver)
+    found = run(problem, counts, old)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_report(args.out / "memory.md", problem, counts, found)
+    write_report(args.out / "memory.md", problem, counts, states, found, missing)
     write_plot(args.out / "memory.png", problem, counts, found)
 
 

@@ -25,6 +25,7 @@ from torchdeq import (
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MODULES = (
+    "allocator",
     "derivatives",
     "gradients",
     "memory",
@@ -33,6 +34,7 @@ MODULES = (
     "problems",
     "record",
     "report",
+    "solver_memory",
     "solvers",
     "stability",
 )
@@ -102,8 +104,11 @@ def memory(bench: ModuleType) -> ModuleType:
 def test_a_quick_run_measures_the_memory_of_every_method(memory: ModuleType, tmp_path: Path):
     memory.main(["--quick", "--out", str(tmp_path)])
     text = (tmp_path / "memory.md").read_text(encoding="utf-8")
+    solvers, methods = text.split("## Gradient methods")
+    for solver in (*memory.solver_memory.OURS, *memory.solver_memory.ADJOINT):
+        assert f"| `{solver!r}" in solvers
     for method, _ in memory.METHODS:
-        assert f"| `{method!r}` " in text
+        assert f"| `{method!r}` " in methods
     assert {type(method) for method, _ in memory.METHODS} == {type(as_grad(name)) for name in GRADS}
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
