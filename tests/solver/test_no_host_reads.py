@@ -20,11 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 import torchdeq
 from tests.problems import F64, TanhMap
-from torchdeq import DEQ, GMRES, IFT, JFB, SOLVERS, AffineMap, Anderson, PhantomGrad, as_solver
+from torchdeq import DEQ, IFT, JFB, SOLVERS, AffineMap, Anderson, PhantomGrad, as_solver
+from torchdeq._replay import RandomState
+from torchdeq.grad.inverse import Inverse
 from torchdeq.solver import AffineSolver
 from torchdeq.solver.watch import StopFlag
 
 LIBRARY = str(Path(torchdeq.__file__).parent)
+CPU = torch.device("cpu")
 SHORT, LONG = 8, 20
 AFFINE = [name for name in SOLVERS if isinstance(as_solver(name), AffineSolver)]
 #: It makes a linear solve in every step.
@@ -128,12 +131,13 @@ def test_an_iteration_on_a_nested_state_with_norms_by_leaf_reads_nothing():
 
 
 @pytest.mark.parametrize("name", AFFINE)
-def test_a_product_of_a_krylov_solver_reads_once_at_most_and_builds_nothing(name):
+def test_a_product_of_a_krylov_solver_reads_and_builds_nothing_on_the_host(name):
     w, b = torch.empty(16, 16, device="meta"), torch.empty(4, 16, device="meta")
     f = AffineMap(lambda u: u @ w.T, b)
     short, long = (watched(lambda k=k: as_solver(name, max_iter=k).run(f)) for k in (SHORT, LONG))
-    assert (long.reads - short.reads).total() <= LONG - SHORT
-    assert long.builds == collections.Counter()
+    assert long.reads == short.reads
+    assert long.builds == short.builds == collections.Counter()
+    assert short.reads.total() <= 6  # of one space, and of how a solve ends
 
 
 def test_a_batch_with_values_that_are_not_finite_is_sorted_out_without_a_read(monkeypatch):
@@ -161,10 +165,13 @@ def test_a_batch_with_values_that_are_not_finite_is_sorted_out_without_a_read(mo
 
 @pytest.mark.parametrize(
     "grad",
-    [IFT(hook=True, solver=Anderson()), JFB(), PhantomGrad(steps=3)],
-    ids=lambda grad: type(grad).__name__,
+    [IFT(), IFT(hook=True), IFT(order=2), IFT(solver=Anderson()), JFB(), PhantomGrad(steps=3)],
+    ids=str,
 )
-def test_a_training_step_waits_as_often_however_long_its_solves_are(grad):
+def test_a_training_step_waits_as_often_however_long_its_solves_are(grad, monkeypatch):
+    # The state of a generator is not known for `meta`; and any two values are as good as equal there.
+    monkeypatch.setattr(RandomState, "capture", lambda device: RandomState(CPU, torch.get_rng_state(), None))
+    monkeypatch.setattr(Inverse, "_check_same", lambda self, fz, again: None)
     net, (_, x) = torch.nn.Linear(16, 16, device="meta"), tanh_map()
 
     def step(k):
@@ -174,18 +181,5 @@ def test_a_training_step_waits_as_often_however_long_its_solves_are(grad):
 
     short, long = (watched(lambda k=k: step(k)) for k in (SHORT, LONG))
     assert long.reads == short.reads
-    assert long.builds == collections.Counter()
     assert short.reads.total() <= 10
-
-
-def test_the_adjoint_solve_that_evaluates_f_again_reads_once_per_product_at_most():
-    """On the CPU: the state of a random generator, which `IFT` repeats, is not known for `meta`."""
-    f = TanhMap.make(gain=0.8)
-
-    def step(k):
-        z, _ = DEQ(Anderson(tol=1e-6), IFT(solver=GMRES(max_iter=k, tol=1e-15)))(f, f.z0)
-        return watched(z.sum().backward).reads
-
-    short, long = step(4), step(12)
-    ends = 4  # a solve that fell short ends with some more than one that did not
-    assert (long - short).total() <= 12 - 4 + ends
+    assert long.builds == collections.Counter()

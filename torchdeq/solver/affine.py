@@ -18,7 +18,7 @@ from torchdeq._state import Layout, Map, per_sample
 from torchdeq.solution import Solution
 from torchdeq.solver.base import Solver
 from torchdeq.solver.maps import AffineMap, Operator, Tally
-from torchdeq.solver.watch import Iterate, leaf_max, relative
+from torchdeq.solver.watch import Iterate, StopFlag, leaf_max, relative
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -94,6 +94,10 @@ class AffineSolver(Solver):
     def correction(self, state: Any, steps: Tensor) -> Tensor:
         """What the first `steps` (B,) steps of each sample add to its start, (B, D)."""
         raise NotImplementedError
+
+    def alive(self, state: Any) -> Tensor:
+        """Which samples have a next probe that is not zero, (B,)."""
+        return state.probe.any(dim=1)
 
     def product(self, operator: Operator, state: Any) -> Tensor:
         """A at the probe, (B, D). A method that needs products with Aᵀ makes them here."""
@@ -245,14 +249,21 @@ class AffineSolver(Solver):
         trace: list[Tensor] = []
         state = self.first(unit)
         calls = operator.linear
-        while calls.calls < until and len(trace) != self.cycle:
-            if len(trace) % self.check_every == 0:
-                count = int(active.sum())
-                if not count:
-                    break
-            if count < r.shape[0] or self.check_every > 1:  # who has stopped is carried along at 0
+        flag = StopFlag(late=r.device.type != "cpu")
+        looks = not flag.late and self.check_every == 1 and self.monotone
+        enough = limit / start  # of a unit residual
+        count, more = self._count(flag, active), 0
+        while calls.calls < until and len(trace) != self.cycle and count:
+            if (
+                count < r.shape[0] or flag.late or self.check_every > 1
+            ):  # who has stopped is carried along at 0
                 state = state._replace(probe=torch.where(active[:, None], state.probe, 0.0))
             state, estimate = self.advance(self.product(operator, state), state)
+            if looks and count == r.shape[0] and bool(((estimate > enough) & self.alive(state)).all()):
+                more += 1  # all go on
+                size = estimate * start
+                trace.append(size)
+                continue
             estimate = estimate * start
             finite = estimate.isfinite()
             failed = failed | (active & ~finite)
@@ -264,11 +275,19 @@ class AffineSolver(Solver):
                 better = active & (estimate < least)
                 best = torch.where(better[:, None], self.correction(state, steps), best)
                 least = torch.where(better, estimate, least)
-            active = active & (estimate > limit) & state.probe.any(dim=1)
+            active = active & (estimate > limit) & self.alive(state)
+            if len(trace) % self.check_every == 0:
+                count = self._count(flag, active)
+        steps = steps + more
         if self.monotone and trace:
             best, least = self.correction(state, steps), size
         correction = operator.preconditioned(torch.where((steps > 0)[:, None], best * start[:, None], 0.0))
         return _Space(correction, least, failed, active, steps, trace)
+
+    def _count(self, flag: StopFlag, active: Tensor) -> int:
+        """How many samples take part, as far as the host knows."""
+        answer = flag(active.sum(dim=0, keepdim=True))
+        return len(active) if answer is None else answer[0]
 
 
 class Krylov(NamedTuple):

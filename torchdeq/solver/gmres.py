@@ -2,34 +2,43 @@
 
     A V_j = V_{j+1} H_j,   A = I − L;   y = argmin ‖β e₁ − H_j y‖;   u = u₀ + V_j y.
 
-Source: Saad and Schultz (1986), doi 10.1137/0907058. H is reduced to triangular form as it grows, by one Givens
-rotation per step, kept as an accumulated orthogonal matrix, so that a step costs a fixed number of operations.
+Source: Saad and Schultz (1986), doi 10.1137/0907058. The residual norm along the way is β / ‖t‖ with the t that has
+tᵀH_j = 0 and t₁ = 1: of the columns of H_j each gives the next number of t. The rotations that make H_j triangular
+follow from t alone. So they are made once, at the end, and all at a time.
 Departures: one Krylov space per sample, all in one batch; orthogonalised twice, against loss of orthogonality.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdeq._state import per_sample
+from torchdeq._state import rough_norm
 from torchdeq.solver.affine import AffineSolver
+from torchdeq.solver.secant import precise
 
 #: Rows of so many numbers are aligned in memory; then products of matrices round alike for any size of the batch.
 _ALIGNED = 16
+#: For infinity in t, where the space holds the solution. Its square is still a float32.
+_ENDLESS = 1e18
 
 
 class GMRESState(NamedTuple):
-    """The Arnoldi basis and the triangular factor, j columns in use."""
+    """The Arnoldi basis and H, j columns in use. In a graph that serves every step j is a tensor (1,)."""
 
     probe: Tensor  # (B, D), the basis vector A is wanted at
     basis: Tensor  # (B, capacity, D), orthonormal rows, and zeros for alignment
-    r: Tensor  # (B, capacity, capacity), upper triangular
-    rotation: Tensor  # (B, capacity, capacity), product of the Givens rotations
-    j: int
+    h: Tensor  # (B, capacity, capacity), its rows are the columns of H
+    t: Tensor  # (B, capacity)
+    squares: Tensor  # (B,), ‖t‖²
+    largest: Tensor  # (B,), the largest ‖A v‖
+    used: Tensor  # (B,), int64, how many columns count
+    alive: Tensor  # (B,), whether there was a new direction
+    j: int | Tensor
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -59,6 +68,7 @@ class GMRES(AffineSolver):
     m: int | None = None
 
     monotone: ClassVar[bool] = True
+    fixed_shape: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,92 +84,123 @@ class GMRES(AffineSolver):
 
     def first(self, r: Tensor) -> GMRESState:
         """The first basis vector is the unit residual."""
-        capacity = 4
+        capacity, row = 4, r.new_zeros(r.shape[0])
         basis = r.new_zeros(r.shape[0], capacity, r.shape[1] + -r.shape[1] % _ALIGNED)
         basis[:, 0, : r.shape[1]] = r
         square = r.new_zeros(r.shape[0], capacity, capacity)
-        rotation = torch.eye(capacity, dtype=r.dtype, device=r.device).expand_as(square).clone()
-        return GMRESState(r, basis, square, rotation, 0)
+        t = square[:, 0].clone()
+        t[:, 0] = 1
+        used = torch.zeros_like(row, dtype=torch.int64)
+        return GMRESState(r, basis, square, t, row + 1, row, used, used == 0, 0)
+
+    def room(self, state: GMRESState, steps: int) -> GMRESState:
+        """See `SolverLoop.room`."""
+        if isinstance(state.j, int):
+            state = state._replace(j=torch.full((1,), state.j, device=state.h.device))
+            return _widened(state, steps + 1) if steps >= state.t.shape[1] else state
+        return _widened(state, state.t.shape[1] + steps)
+
+    def alive(self, state: GMRESState) -> Tensor:
+        """See `AffineSolver.alive`."""
+        return state.alive
 
     def advance(self, ap: Tensor, state: GMRESState) -> tuple[GMRESState, Tensor]:
-        """One Arnoldi step and one Givens rotation."""
-        _, basis, r, rotation, j = _with_room(state)
-        v = basis[:, : j + 1]
-        w = torch.nn.functional.pad(ap, (0, -ap.shape[1] % _ALIGNED))[:, None]
+        """One Arnoldi step, and the next number of t."""
+        j, size = state.j, ap.shape[1]
+        if isinstance(j, int):
+            if j + 2 > state.t.shape[1]:
+                state = _widened(state, 2 * state.t.shape[1])
+            v, t = state.basis[:, : j + 1], state.t[:, : j + 1]
+        else:
+            v, t = state.basis, state.t
+        extra = -size % _ALIGNED
+        w = (torch.nn.functional.pad(ap, (0, extra)) if extra else ap)[:, None]
         h = torch.bmm(w, v.mT)  # (B, 1, j + 1)
         w = torch.baddbmm(w, h, v, alpha=-1)
         again = torch.bmm(w, v.mT)  # "twice is enough"
         w = torch.baddbmm(w, again, v, alpha=-1)[:, 0]
         h = (h + again)[:, 0]
+        largest = torch.maximum(state.largest, rough_norm(ap))
         # What is left below rounding of A is no new direction: the space is exhausted.
-        size = per_sample(ap)
-        pivots = r[:, : j + 1, : j + 1].diagonal(dim1=1, dim2=2)  # (B, j + 1), the last still 0
-        rounding = torch.finfo(w.dtype).eps * torch.maximum(size, pivots.amax(dim=1))
-        rest = per_sample(w)
-        goes_on = (rest > 10 * rounding) & rest.isfinite()
-        rest = torch.where(goes_on, rest, 0.0)
-        column = torch.cat([h, rest[:, None]], dim=1)  # (B, j + 2)
-        # A sum: matrix products of rows that are not aligned round by the size of the batch.
-        column = (rotation[:, : j + 2, : j + 2] * column[:, None]).sum(dim=2)
-        a, b = column[:, j], column[:, j + 1]
-        length = torch.hypot(a, b)
-        c = torch.where(length > 0, a / length, 1.0)
-        s = torch.where(length > 0, b / length, 0.0)
-        upper, lower = rotation[:, j].clone(), rotation[:, j + 1].clone()
-        rotation[:, j] = c[:, None] * upper + s[:, None] * lower
-        rotation[:, j + 1] = c[:, None] * lower - s[:, None] * upper
-        r[:, :j, j] = column[:, :j]
-        r[:, j, j] = length
-        probe = torch.where(goes_on[:, None], w / rest[:, None], 0.0)
-        basis[:, j + 1] = probe
-        probe = probe[:, : ap.shape[1]].contiguous()
-        # An exhausted space holds the solution, unless its last pivot vanishes too: then I − L is singular.
-        solves = goes_on | (length > 10 * rounding)
-        estimate = torch.where(solves, rotation[:, j + 1, 0], upper[:, 0]).abs()
-        estimate = torch.where(size.isfinite(), estimate, torch.nan)
-        return GMRESState(probe, basis, r, rotation, j + 1), estimate
+        rest, noise = rough_norm(w), 10 * torch.finfo(w.dtype).eps * largest
+        pull = (h * t).sum(dim=1)  # tᵀH without its last number
+        alive = (rest > noise) & (rest < math.inf)
+        next_t = pull / -rest
+        if w.device.type == "cpu" and not torch.compiler.is_compiling() and bool(alive.all()):
+            used, squares = state.used + 1, torch.addcmul(state.squares, next_t, next_t)
+            estimate, length = squares.rsqrt(), rest
+        else:
+            # An exhausted space holds the solution, unless H is singular; then its last column is of no use.
+            solves = ~alive & (pull.abs() > noise * state.squares.sqrt())
+            rest = torch.where(alive, rest, 0.0)
+            next_t = torch.where(solves, _ENDLESS, torch.where(alive, next_t, 0.0))
+            w = torch.where(alive[:, None], w, 0.0)
+            squares = torch.addcmul(state.squares, next_t, next_t)
+            used = state.used + (alive | solves)
+            estimate = torch.where(solves, 0.0, torch.where(largest < math.inf, squares.rsqrt(), math.nan))
+            length = torch.where(alive, rest, 1.0)
+        probe = w / length[:, None]
+        if isinstance(j, int):
+            state.basis[:, j + 1] = probe
+            state.h[:, j, : j + 1] = h
+            state.h[:, j, j + 1] = rest
+            state.t[:, j + 1] = next_t
+        else:
+            after = torch.arange(state.t.shape[1], device=j.device) == j + 1
+            state.basis.index_copy_(1, j + 1, probe[:, None])
+            state.h.index_copy_(1, j, torch.where(after, rest[:, None], h)[:, None])
+            state.t.index_copy_(1, j + 1, next_t[:, None])
+        probe = probe[:, :size].contiguous() if extra else probe
+        state = state._replace(probe=probe, squares=squares, largest=largest, used=used, alive=alive, j=j + 1)
+        return state, estimate
 
     def correction(self, state: GMRESState, steps: Tensor) -> Tensor:
-        """V_j y with R y = Q e₁."""
-        y = _back_substitute(state.r, state.rotation[:, :, 0], steps)
-        if (
-            y.dtype == torch.float64 and y.device.type == "cpu"
-        ):  # where a product would round by how many rows are unused
-            return (y[:, :, None] * state.basis).sum(dim=1)[:, : state.probe.shape[1]]
-        return torch.bmm(y[:, None], state.basis)[:, 0, : state.probe.shape[1]]
+        """V_j y with the y of the smallest ‖e₁ − H_j y‖."""
+        n = state.j if isinstance(state.j, int) else state.t.shape[1] - 1
+        y = _least_squares(state.h[:, :n, : n + 1], state.t[:, : n + 1], state.used)
+        y, basis, size = y.to(state.basis.dtype), state.basis[:, :n], state.probe.shape[1]
+        if y.dtype == torch.float64 and y.device.type == "cpu":
+            # A product would round by how many rows are unused.
+            return (y[:, :, None] * basis).sum(dim=1)[:, :size]
+        return torch.bmm(y[:, None], basis)[:, 0, :size]
 
 
-def _back_substitute(r: Tensor, b: Tensor, steps: Tensor) -> Tensor:
-    """y with R y = b in the leading `steps` unknowns of each sample and y = 0 in the others.
+def _least_squares(h: Tensor, t: Tensor, used: Tensor) -> Tensor:
+    """argmin ‖e₁ − H y‖ over the first `used` unknowns of each sample; the others are 0.
+
+    Rotation k makes row k of H into c tᵀ/τ_k H + s h_{k+1}, with s = τ_k/τ_{k+1}, c = −t_{k+1}/τ_{k+1} and the norm τ_k
+    of the first k numbers of t. The sums grow from column to column, so that they round alike for any n.
 
     Arguments:
-        r: upper triangular, (B, n, n). A pivot that is zero to rounding gives y_i = 0.
-        b: (B, n).
-        steps: how many unknowns count, (B,).
+        h: the columns of H, (B, n, n + 1).
+        t: (B, n + 1).
+        used: (B,).
     """
-    used = torch.arange(b.shape[1], device=b.device) < steps[:, None]  # (B, n)
-    pivots = r.diagonal(dim1=1, dim2=2).masked_fill(~used, 0.0)
-    floor = 10 * torch.finfo(r.dtype).eps * pivots.abs().amax(dim=1, keepdim=True)
-    used = used & (pivots.abs() > floor)
-    r = torch.where(used[:, None, :] & used[:, :, None], r, 0.0)
-    r = torch.diagonal_scatter(r, torch.where(used, pivots, 1.0), dim1=1, dim2=2)
-    y = torch.where(used, b, 0.0)
-    # Column by column, since a solve by blocks would round by how many unknowns the neighbours use.
-    for i in reversed(range(y.shape[1])):
-        y[:, i] /= r[:, i, i]
-        y[:, :i] -= r[:, :i, i] * y[:, i, None]
-    return y
+    h, t = h.to(precise(h)), t.to(precise(t))
+    n = h.shape[1]
+    counts = torch.arange(n, device=h.device) < used[:, None]  # (B, n)
+    h = torch.where(counts[:, :, None], h, 0.0)  # a product that was not finite is not counted
+    norm = (t * t).cumsum(dim=1).sqrt()
+    before, after = norm[:, :-1], norm[:, 1:]
+    b = -t[:, 1:] / (before * after)
+    r = (t[:, None] * h).cumsum(dim=2)[:, :, :-1] * b[:, None] + h[:, :, 1:] * (before / after)[:, None]
+    pivots = torch.where(counts, r.diagonal(dim1=1, dim2=2), 1.0)
+    r, y = r / pivots[:, None], torch.where(counts, b, 0.0) / pivots  # r: the columns of R, rows scaled
+    if y.dtype == torch.float64 and y.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Column by column, as a solve by blocks would round by how many unknowns the neighbours use.
+        for i in range(n - 1, 0, -1):
+            y[:, :i].addcmul_(r[:, i, :i], y[:, i : i + 1], value=-1)
+        return y
+    return torch.linalg.solve_triangular(r.mT, y[:, :, None], upper=True, unitriangular=True)[:, :, 0]
 
 
-def _with_room(state: GMRESState) -> GMRESState:
-    """The state with room for one more column; capacity doubles, so memory follows use."""
-    probe, basis, r, rotation, j = state
-    batch, capacity, _ = basis.shape
-    if j + 2 <= capacity:
-        return state
-    basis = torch.cat([basis, torch.zeros_like(basis)], dim=1)
-    wider = rotation.new_zeros(batch, 2 * capacity, 2 * capacity)
-    wider.diagonal(dim1=1, dim2=2).fill_(1)
-    wider[:, :capacity, :capacity] = rotation
-    r = torch.nn.functional.pad(r, (0, capacity, 0, capacity))
-    return GMRESState(probe, basis, r, wider, j)
+def _widened(state: GMRESState, capacity: int) -> GMRESState:
+    """The state with room for more columns; where it doubles, memory follows use."""
+    batch, more = state.t.shape[0], capacity - state.t.shape[1]
+    pad = torch.nn.functional.pad
+    none = state.basis.new_zeros(batch, more, state.basis.shape[2])
+    return state._replace(
+        basis=torch.cat([state.basis, none], dim=1),
+        h=pad(state.h, (0, more, 0, more)),
+        t=pad(state.t, (0, more)),
+    )
