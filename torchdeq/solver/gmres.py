@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchdeq._state import rough_norm
 from torchdeq.solver.affine import AffineSolver
-from torchdeq.solver.secant import precise
+from torchdeq.solver.secant import longer, precise
 
 #: Rows of so many numbers are aligned in memory; then products of matrices round alike for any size of the batch.
 _ALIGNED = 16
@@ -109,7 +109,7 @@ class GMRES(AffineSolver):
         j, size = state.j, ap.shape[1]
         if isinstance(j, int):
             if j + 2 > state.t.shape[1]:
-                state = _widened(state, 2 * state.t.shape[1])
+                state = _widened(state, state.t.shape[1] + min(state.t.shape[1], 8))
             v, t = state.basis[:, : j + 1], state.t[:, : j + 1]
         else:
             v, t = state.basis, state.t
@@ -195,12 +195,11 @@ def _least_squares(h: Tensor, t: Tensor, used: Tensor) -> Tensor:
 
 
 def _widened(state: GMRESState, capacity: int) -> GMRESState:
-    """The state with room for more columns; where it doubles, memory follows use."""
-    batch, more = state.t.shape[0], capacity - state.t.shape[1]
+    """The state with room for more columns; memory follows use."""
+    more = capacity - state.t.shape[1]
     pad = torch.nn.functional.pad
-    none = state.basis.new_zeros(batch, more, state.basis.shape[2])
     return state._replace(
-        basis=torch.cat([state.basis, none], dim=1),
+        basis=longer(state.basis, capacity),
         h=pad(state.h, (0, more, 0, more)),
         t=pad(state.t, (0, more)),
     )

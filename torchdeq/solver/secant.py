@@ -163,7 +163,7 @@ class SecantSolver(Solver):
         batch, size = z.shape
         row, none = z.new_zeros(batch), z.new_zeros(batch, 0, size + padding(size, z))
         k = none.new_zeros((batch, self.matrices, 0, 0), dtype=precise(z))
-        return SecantState(z, z, row, none, none, k, self.begin(z), -1, None, None)
+        return SecantState(z, z, row, none, torch.empty_like(none), k, self.begin(z), -1, None, None)
 
     def room(self, state: SecantState, steps: int) -> SecantState:
         """See `SolverLoop.room`."""
@@ -327,7 +327,8 @@ def solve_small(k: Tensor, b: Tensor, *, reads: bool = False) -> Tensor:
     if not (reads and math.isfinite(float(gamma.sum()))):
         broken = (gamma * 0).sum(dim=1, keepdim=True) != 0
         gamma = gamma.masked_fill(broken, 0.0)
-    return gamma[:, :n].to(dtype)
+    # LAPACK's columns come out transposed; a batched product with such a γ is ten times slower.
+    return gamma[:, :n].to(dtype).contiguous()
 
 
 def precise(like: Tensor) -> torch.dtype:
@@ -410,9 +411,7 @@ def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
 
 def _widened(state: SecantState, wanted: int) -> SecantState:
     """The state with room for so many pairs."""
-    batch, capacity, size = state.v.shape
-    more = wanted - capacity
-    none = state.v.new_zeros(batch, more, size)
+    more = wanted - state.v.shape[1]
     before = state.k.shape[2]
     k = state.k
     if wanted > before:
@@ -420,8 +419,25 @@ def _widened(state: SecantState, wanted: int) -> SecantState:
         k = torch.nn.functional.pad(k, (0, grows, 0, grows))
         k.diagonal(dim1=2, dim2=3)[:, :, before:] = 1
     return state._replace(
-        v=torch.cat([state.v, none], dim=1),
-        u=torch.cat([state.u, none], dim=1),
+        v=longer(state.v, wanted),
+        u=longer(state.u, wanted),
         k=k,
         valid=None if state.valid is None else torch.nn.functional.pad(state.valid, (0, more)),
     )
+
+
+def longer(history: Tensor, wanted: int) -> Tensor:
+    """The history (B, n, D) with room for so many rows, and zeros in them.
+
+    It is the same tensor over other memory. So the old memory is free at once, though the loop still has the state
+    before, and of several histories only one at a time takes it twice. Not in a graph, where memory is its business.
+
+    Example:
+        >>> history = torch.ones(1, 1, 2)
+        >>> longer(history, 2) is history, history
+        (True, tensor([[[1., 1.],
+                 [0., 0.]]]))
+    """
+    wider = history.new_zeros(history.shape[0], wanted, history.shape[2])
+    wider[:, : history.shape[1]] = history
+    return wider if torch.compiler.is_compiling() else history.set_(wider)  # type: ignore[call-overload]

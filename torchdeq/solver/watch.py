@@ -81,7 +81,23 @@ class Samples(NamedTuple):
         return cls(start, start, start, ~none, none, none, none.any(), zero, zero, none, zero)
 
 
-def sort_out(solver: SolverLoop, known: Samples, now: Iterate, k: Tensor | int, level: float) -> Samples:
+class Sure(NamedTuple):
+    """What the host is sure of, so that what then has no effect can be left out. A graph is sure of nothing."""
+
+    finite: bool = False  # the last evaluation was, for all samples
+    sound: bool = False  # nobody has failed or stalled
+    active: bool = False  # everybody has taken part until now
+    apart: bool = False  # no sample at rest was seen to move before
+
+
+def sort_out(
+    solver: SolverLoop,
+    known: Samples,
+    now: Iterate,
+    k: Tensor | int,
+    level: float,
+    sure: Sure = Sure(),  # noqa: B008 - immutable
+) -> Samples:
     """What is known after evaluation k. The host reads nothing.
 
     Arguments:
@@ -90,38 +106,46 @@ def sort_out(solver: SolverLoop, known: Samples, now: Iterate, k: Tensor | int, 
         now: what has been measured.
         k: the number of the evaluation, from 1; a number or a tensor ().
         level: relative residuals below it may be rounding.
+        sure: what the host is sure of.
     """
-    active, failed, stalled = known.active, known.failed, known.stalled
-    strikes, struck, stale, single = known.strikes, known.struck, known.stale, known.single
+    active, failed, stalled, strikes, struck = known[3:6] + known[8:10]
     nstep = torch.where(active, k, known.nstep)
-    finite = now.measure.isfinite()
-    if solver.recovers:
-        strikes = strikes + (active & ~finite)
-        hopeless = (strikes > solver.recovers) | ~known.best.measure.isfinite() | ~active
-        failed = failed | (~finite & hopeless)
-        struck = active & ~finite & ~failed
-    else:
-        failed = failed | ~finite
-    improves = finite & (now.measure < known.best.measure)
+    improves = now.measure < known.best.measure
+    if not sure.finite:
+        finite = now.measure < math.inf  # NaN is not
+        improves = finite & improves
+        if solver.recovers:
+            strikes = strikes + (active & ~finite)
+            hopeless = (strikes > solver.recovers) | (known.best.measure == math.inf) | ~active
+            failed = failed | (~finite & hopeless)
+            struck = active & ~finite & ~failed
+        else:
+            failed = failed | ~finite
     best = now.where(improves, known.best)
-    better = _total(now, failed) < _total(single, failed)
-    single = now.where(better, single)
-    reached = (now.measure <= solver.tol) & ~failed
-    # A sample that rests stays as it is, unless f couples it to others that move.
-    rests = ~(active | failed | stalled)
-    coupled = known.coupled | (rests & (now.measure > 1.5 * solver.tol)).any()
+    better = _total(now, failed, sure) < _total(known.single, failed, sure)
+    single = now.where(better, known.single)
+    moves = now.measure > solver.tol
+    reached = ~moves if sure.finite and sure.sound else (now.measure <= solver.tol) & ~failed
+    coupled = known.coupled
+    if not sure.active:
+        # A sample that rests stays as it is, unless f couples it to others that move.
+        rests = ~active if sure.sound else ~(active | failed | stalled)
+        coupled = coupled | (rests & (now.measure > 1.5 * solver.tol)).any()
+    stale = known.stale
     if solver.patience and solver.tol > 0 and not solver.return_final:
         stale = torch.where(active & ~improves, stale + 1, 0)
-        rounding = leaf_max(relative(now.size, now.scale)) <= level
-        stalled = stalled | ((stale >= solver.patience) & rounding & active)
+        if not (isinstance(k, int) and k < solver.patience):
+            relatively = now.measure if solver.stop_mode == "rel" else leaf_max(relative(now.size, now.scale))
+            stalled = stalled | ((stale >= solver.patience) & (relatively <= level) & active)
     sound = ~failed
-    if not solver.return_final:
+    if not solver.return_final and not (isinstance(k, int) and k < solver.min_iter):
         # Recomputed, not accumulated: one that has risen above tol again takes part again. Once f is known to couple
         # samples, all take part until they have arrived together.
         able = ~(failed | stalled)
-        able = able & (~reached | (coupled & (able & ~reached).any()))
-        sound = torch.where(k < solver.min_iter, sound, able) if isinstance(k, Tensor) else sound
-        sound = able if isinstance(k, int) and k >= solver.min_iter else sound
+        rising = able & ~reached
+        if not (sure.apart and sure.active):
+            rising = torch.where(coupled & rising.any(), able, rising)
+        sound = torch.where(k < solver.min_iter, sound, rising) if isinstance(k, Tensor) else rising
     return Samples(best, single, now, sound, failed, stalled, coupled, nstep, strikes, struck, stale)
 
 
@@ -185,8 +209,12 @@ class Watch:
         if self.clean:
             self._arrive(now, k)
             return
-        self.samples = known = sort_out(self.solver, self.samples, now, k, self.level)
-        self.struck = known.struck if self.solver.recovers else None
+        sure = Sure()
+        if reads:
+            finite = not len(now.z) or float(now.measure.amax()) < math.inf
+            sure = Sure(finite, self.all_sound, self.all_active, not self.coupled)
+        self.samples = known = sort_out(self.solver, self.samples, now, k, self.level, sure)
+        self.struck = known.struck if self.solver.recovers and not sure.finite else None
         self.all_active = self.all_sound = self.knows = False
         self.any_stale = True
         if not asks:
@@ -313,6 +341,7 @@ def leaf_max(size: Tensor) -> Tensor:
     return size if size.dim() == 1 else size.amax(dim=1)
 
 
-def _total(iterate: Iterate, failed: Tensor) -> Tensor:
+def _total(iterate: Iterate, failed: Tensor, sure: Sure) -> Tensor:
     """The largest measure of the samples that have not failed, (): how good an evaluation is as a whole."""
-    return iterate.measure.masked_fill(failed, 0.0).amax()
+    measure = iterate.measure if sure.finite and sure.sound else iterate.measure.masked_fill(failed, 0.0)
+    return measure.amax()
