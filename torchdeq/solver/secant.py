@@ -37,6 +37,10 @@ from torchdeq.solver.base import Solver
 from torchdeq.solver.maps import Tally, residual_of
 
 
+#: Batched products of fewer multiplications than that are slow on a CPU: torch makes them without BLAS.
+_SMALL = 400
+
+
 class SecantState(NamedTuple):
     """What a secant method remembers. Of the histories n rows are in use; where c are, the oldest is overwritten.
 
@@ -328,7 +332,7 @@ def solve_small(k: Tensor, b: Tensor, *, reads: bool = False) -> Tensor:
         broken = (gamma * 0).sum(dim=1, keepdim=True) != 0
         gamma = gamma.masked_fill(broken, 0.0)
     # LAPACK's columns come out transposed; a batched product with such a γ is ten times slower.
-    return gamma[:, :n].to(dtype).contiguous()
+    return gamma[:, :n].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def precise(like: Tensor) -> torch.dtype:
@@ -347,6 +351,8 @@ def against(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
 
 def minus(step: Tensor, gamma: Tensor, u: Tensor) -> Tensor:
     """step − Uᵀγ, (B, D)."""
+    if u.device.type == "cpu" and u.shape[1] * u.shape[2] < _SMALL:
+        return step - (gamma[:, :, None] * u).sum(dim=1)[:, : step.shape[1]]
     if u.shape[2] == step.shape[1]:
         return torch.baddbmm(step[:, None], gamma[:, None], u, alpha=-1)[:, 0]
     return step - torch.bmm(gamma[:, None], u)[:, 0, : step.shape[1]]
@@ -404,14 +410,15 @@ def padding(size: int, like: Tensor) -> int:
 def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
     """The state with room for n pairs, and for seven more at most: memory follows use."""
     capacity = state.v.shape[1]
-    if n <= capacity:
-        return state
-    return _widened(state, capacity + min(4 if capacity < 8 else 8, depth - capacity))
+    if n > capacity:
+        capacity += min(4 if capacity < 8 else 8, depth - capacity)
+    elif n <= state.k.shape[2] and (state.valid is None or n <= state.valid.shape[1]):
+        return state  # otherwise another step from this very state has made the histories longer already
+    return _widened(state, capacity)
 
 
 def _widened(state: SecantState, wanted: int) -> SecantState:
     """The state with room for so many pairs."""
-    more = wanted - state.v.shape[1]
     before = state.k.shape[2]
     k = state.k
     if wanted > before:
@@ -422,7 +429,9 @@ def _widened(state: SecantState, wanted: int) -> SecantState:
         v=longer(state.v, wanted),
         u=longer(state.u, wanted),
         k=k,
-        valid=None if state.valid is None else torch.nn.functional.pad(state.valid, (0, more)),
+        valid=None
+        if state.valid is None
+        else torch.nn.functional.pad(state.valid, (0, wanted - state.valid.shape[1])),
     )
 
 
@@ -438,6 +447,8 @@ def longer(history: Tensor, wanted: int) -> Tensor:
         (True, tensor([[[1., 1.],
                  [0., 0.]]]))
     """
+    if history.shape[1] == wanted:
+        return history
     wider = history.new_zeros(history.shape[0], wanted, history.shape[2])
     wider[:, : history.shape[1]] = history
     return wider if torch.compiler.is_compiling() else history.set_(wider)  # type: ignore[call-overload]
