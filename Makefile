@@ -1,5 +1,7 @@
 # make demo    train a small equilibrium model and see what torchdeq does
 # make test    the whole test suite, the linter, the formatter's check and the type checker
+# make bench   measure the library's speed beside its peers', half an hour on a quiet machine; BENCH="overhead --quick"
+#              chooses what, as in: torchdeq bench --help
 # make docs    build the documentation into site/; a warning is an error
 # make clean   remove the environment and everything that was built
 #
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test docs clean
+.PHONY: demo test bench docs clean
 
 demo: $(READY)
 	$(BIN)/torchdeq train digits
@@ -23,6 +25,10 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The studies set their own number of threads. jax and 0.1.0 come into benchmarks/.cache, not into this environment.
+bench: $(READY)
+	$(BIN)/torchdeq bench $(BENCH)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 import torchdeq
-from torchdeq.cli import train
+from torchdeq.cli import bench, train
 from torchdeq.cli.errors import UsageError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = (train,)
+COMMANDS = (train, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

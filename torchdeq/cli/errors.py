@@ -15,8 +15,12 @@ class UsageError(Exception):
     """
 
 
-def need(module: str) -> Any:
+def need(module: str, extras: str = "train,viz") -> Any:
     """An optional module, imported when a command needs it.
+
+    Arguments:
+        module: its name.
+        extras: those of this package that bring it.
 
     Raises:
         UsageError: it is not installed.
@@ -30,5 +34,5 @@ def need(module: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"this command needs {module.partition('.')[0]}, which cannot be imported ({error}). Install it with: "
-            f'pip install "torchdeq[train,viz]"'
+            f'pip install "torchdeq[{extras}]"'
         ) from error
