@@ -91,7 +91,8 @@ def one_cotangent() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "Batching rule" in str(error) or "random operations" in str(error):
+        text = str(error)
+        if "Batching rule" in text or "random operations" in text or "data pointer" in text:
             error.add_note(
                 "The backward pass of a DEQ solves for one cotangent at a time. Instead of is_grads_batched=True or "
                 "vectorize=True use a loop, or torchdeq.fixed_point with torch.func.jacrev or vmap, where each "

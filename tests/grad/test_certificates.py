@@ -20,6 +20,7 @@ from torchdeq import (
     ConvergenceError,
     ConvergenceWarning,
     CouplingWarning,
+    FixedPointIteration,
     Status,
     as_solver,
     get_deq,
@@ -80,7 +81,7 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 
 def through_deq(f, name, hook, reports, **adjoint):
     deq = DEQ(
-        Anderson(tol=1e-13, max_iter=200),
+        FixedPointIteration(tol=1e-13, max_iter=500),
         IFT(solver=as_solver(name, **adjoint), hook=hook),
         on_backward=lambda s: reports.append(Report(s.abs_residual, s.status, s.nfe)),
     )
