@@ -33,6 +33,7 @@ FLOORS = {
     "torchdeq.deq": 3,
     "torchdeq.functional": 3,
     "torchdeq.implicit": 3,
+    "torchdeq.export": 4,
     "torchdeq.norm": 4,
     "torchdeq.dropout": 4,
     "torchdeq.monotone": 4,

@@ -17,6 +17,7 @@ from torchdeq.dropout import (
     VariationalDropToken3d,
     reset_dropout,
 )
+from torchdeq.export import export
 from torchdeq.functional import fixed_point
 from torchdeq.grad import (
     GRADS,
@@ -136,6 +137,7 @@ __all__ = [
     "as_solver",
     "backward_factory",
     "deq_jac_loss",
+    "export",
     "fixed_point",
     "fp_correction",
     "get_deq",

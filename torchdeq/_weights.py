@@ -47,10 +47,13 @@ Place = tuple[nn.Module, str]
 class SharedList(ParametrizationList):
     """torch's list of a weight's parametrizations; where a solve is going on, that one is asked for the weight."""
 
+    #: For code that is traced: the weight, evaluated before it.
+    given: Tensor | None = None
+
     def forward(self) -> Tensor:
         """The weight."""
         if torch.compiler.is_compiling():
-            return self.evaluate()
+            return self.evaluate() if self.given is None else self.given
         if not _now.solves:
             return self.evaluate()
         # The outermost solve: its buffers are those that all evaluations begin with.

@@ -17,8 +17,11 @@ from torchdeq._replay import RandomState
 from torchdeq._state import Tree, layout_of
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
+from torchdeq.grad.reversible import Reversible
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, flatten_map, unravel_solution
+from torchdeq.solver.exported import solve_exported
+from torchdeq.solver.fp_iter import FixedPointIteration
 from torchdeq.solver.maps import AffineMap
 from torchdeq.solver.multisecant import Multisecant
 
@@ -145,6 +148,8 @@ class DEQ(nn.Module):
             z in the structure of z0, and the `Solution` of the forward solve.
         """
         solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
+        if torch.compiler.is_exporting():
+            return self._exported(f, z0, solver.replace(**overrides))
         if self.hold_noise:
             layout_of(z0, self.batch_dims)  # which checks that there is a device to ask
             self.last_noise = RandomState.capture(optree.tree_leaves(z0)[0].device)
@@ -162,6 +167,27 @@ class DEQ(nn.Module):
         self._forward_report.throw = self._backward_report.throw = self.throw
         self._forward_report(solution, None if self.hold_noise else lambda: noise_in(f, z0, self.stateful))
         return states[-1], dataclasses.replace(solution, states=states[:-1])
+
+    def _exported(self, f: Callable[[Tree], Tree], z0: Tree, solver: SolverLoop) -> tuple[Tree, Solution]:
+        """`forward` as a part of the graph that `torch.export` makes: inference, see `torchdeq.export`."""
+        if self.training:
+            raise RuntimeError(
+                f"{self!r} is in training mode; what is exported is inference. Call model.eval() first."
+            )
+        method = methods_for(self.grad, self.record)[-1]
+        if isinstance(method, Reversible) and isinstance(solver, FixedPointIteration):
+            raise TypeError(
+                f"{method!r} makes steps of its own, which are not exported. The fixed point is also that of another "
+                f"solver: set deq.eval_solver = Anderson(tol=…)."
+            )
+        layout = layout_of(z0, self.batch_dims)
+        start = layout.ravel(z0, source="z0")
+        solution = solve_exported(f, layout, start, solver, record=self.record, modules=self.stateful)
+        if self.throw:
+            torch._assert_async(solution.converged.all(), f"a sample did not converge. {FORWARD_REMEDY}")
+        # A derivative of the loop would be wrong; torch does not record that there is none.
+        solution = unravel_solution(solution, layout).detach()
+        return solution.z, solution
 
     def _backward(self, solution: Solution) -> None:
         if self.on_backward is not None:

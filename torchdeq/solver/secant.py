@@ -346,7 +346,7 @@ def against(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
     if extra := history.shape[2] - new.shape[2]:
         new = torch.nn.functional.pad(new, (0, extra))
     # The vectors in front: as columns behind they take up to three times as long on a CPU.
-    return torch.bmm(new, history.mT).unbind(1)
+    return torch.bmm(new, history.transpose(1, 2)).unbind(1)  # not .mT, which a loop of a graph cannot have
 
 
 def minus(step: Tensor, gamma: Tensor, u: Tensor) -> Tensor:
