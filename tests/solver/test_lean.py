@@ -46,7 +46,7 @@ def contraction():
 @pytest.mark.parametrize(
     ("solver", "most"),
     [
-        (FixedPointIteration(tol=1e-30), 13),
+        (FixedPointIteration(tol=1e-30), 4),
         (Anderson(tol=1e-30), 61),
         (Broyden(tol=1e-30), 69),
         (Broyden(tol=1e-30, kind="bad"), 66),

@@ -62,6 +62,9 @@ class Tally:
         self.learned: Learned | None = None  # what the solve learns of (I − J)⁻¹, if that is wanted
         #: Whether the host may read values on the way, and whether it knows that no residual has grown in this one.
         self.reads = self.closer = False
+        #: Whether every residual has clearly fallen just now; and whether all steps until now were taken, by all
+        #: samples, far from rounding.
+        self.fell = self.steady = False
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # z, f(z), and f(z) − z
         self._size: Tensor | None = None  # (B,), the norm of the last of them
 
@@ -99,15 +102,19 @@ class Tally:
     def _difference_of(self, z: Tensor, fz: Tensor) -> Tensor:
         return fz - z
 
-    def note(self, size: Tensor | None, *, reads: bool, closer: bool) -> None:
+    def note(
+        self, size: Tensor | None, *, reads: bool, closer: bool, fell: bool = False, steady: bool = False
+    ) -> None:
         """Remember for the step that follows what the loop has found out.
 
         Arguments:
             size: the norm of the residual, (B,), if it is known.
             reads: whether the host may read values.
             closer: whether no residual has grown.
+            fell: whether each has clearly fallen.
+            steady: whether all samples have taken all steps until now, and none is near rounding.
         """
-        self._size, self.reads, self.closer = size, reads, closer
+        self._size, self.reads, self.closer, self.fell, self.steady = size, reads, closer, fell, steady
 
     def forget(self) -> None:
         """Let go of the states of the last call, before the next one takes memory."""

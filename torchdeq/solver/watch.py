@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,10 @@ _NEAR_ROUNDING = 100.0
 _NO_ROUNDING = 1 / 16
 #: A norm below this may have lost squares that were too small for float32.
 _TOO_SMALL = 1e-15
+#: Of up to so many samples the host takes the norms as lists: two operations, where tensors need nine.
+_FEW = 256
+#: A residual that has fallen by this part of it differs from the one before by more than rounding.
+_CLEARLY = 1e-3
 
 
 class Iterate(NamedTuple):
@@ -149,6 +154,38 @@ def sort_out(
     return Samples(best, single, now, sound, failed, stalled, coupled, nstep, strikes, struck, stale)
 
 
+class Glance(NamedTuple):
+    """The numbers of an evaluation as the host has read them, one for each sample."""
+
+    size: list[float]
+    scale: list[float]
+    measure: list[float]
+
+    @classmethod
+    def at(cls, now: Iterate) -> Glance:
+        """Those of sizes (B,)."""
+        size, scale = now.size.tolist(), now.scale.tolist()
+        return cls(size, scale, size if now.measure is now.size else now.measure.tolist())
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are. Sums see what `min` and `max` overlook: NaN."""
+        return math.isfinite(sum(self.size) + sum(self.scale))
+
+    def above(self, least: float) -> bool:
+        """Whether they are finite, and all of them above this."""
+        return self.finite and min(self.size) > least and min(self.scale) > least
+
+    def beyond(self, level: float) -> bool:
+        """Whether all relative residuals are above this."""
+        return all(map(operator.lt, [level * scale for scale in self.scale], self.size))
+
+    def fell(self, before: Glance) -> bool:
+        """Whether every residual is clearly smaller than before, and its square no problem."""
+        lower = [(1 - _CLEARLY) * size for size in before.size]
+        return min(self.size) > _TOO_SMALL / _CLEARLY and all(map(operator.lt, self.size, lower))
+
+
 class Watch:
     """The samples of one solve, and what the host knows of them.
 
@@ -172,6 +209,9 @@ class Watch:
         self.done = self.count == 0
         self.knows = True  # whether it has heard of all that happened
         self.clean = False  # whether the last evaluation was the best of every sample
+        self.glance: Glance | None = None  # at the last evaluation, if it was for all and may be asked for
+        self.fell = False  # whether at the last evaluation every residual was clearly smaller than before
+        self.steady = True  # whether all have taken part until now, far from rounding
 
     @property
     def now(self) -> Iterate:
@@ -203,9 +243,18 @@ class Watch:
         """
         asks = k % self.solver.check_every == 0
         reads = asks and self.knows and not self.flag.late
-        if reads and again is not None and not _is_safe(now):
+        before, self.glance = self.glance, None
+        if reads and self.all_active and self.count <= _FEW and now.size.dim() == 1:
+            self.glance = Glance.at(now)
+            if again is not None and not self.glance.above(_TOO_SMALL):
+                now = again()
+                self.glance = Glance.at(now)
+        elif reads and again is not None and not _is_safe(now):
             now = again()
-        self.clean = reads and not self.coupled and self._came_closer(now)
+        glance = self.glance
+        self.fell = glance is not None and before is not None and glance.fell(before)
+        self.steady = self.steady and glance is not None and glance.finite and glance.beyond(self.level)
+        self.clean = reads and not self.coupled and self._came_closer(now, before)
         if self.clean:
             self._arrive(now, k)
             return
@@ -229,6 +278,8 @@ class Watch:
         if not self.flag.late:  # what is late may be out of date
             self.all_active, self.all_sound = self.count == len(out), unsound == 0
             self.struck = self.struck if struck else None
+        self.steady = self.steady and self.all_active
+        self.glance = None  # the last one need not be the best
 
     def rows(self, index: Tensor) -> Watch:
         """The watch of some of the samples, as it stands."""
@@ -239,10 +290,14 @@ class Watch:
         part.samples = Samples(*parts)
         part.struck = None if self.struck is None else self.struck[index]
         part.all_active, part.count = True, len(index)
+        part.glance, part.fell, part.steady = None, False, False
         return part
 
-    def _came_closer(self, now: Iterate) -> bool:
+    def _came_closer(self, now: Iterate, before: Glance | None) -> bool:
         """Whether who takes part has come closer, and who does not stays where it was. NaN is neither."""
+        if self.glance is not None:
+            best = self.best.measure.tolist() if before is None else before.measure
+            return all(map(operator.lt, self.glance.measure, best))
         closer = now.measure < self.best.measure
         if not self.all_active:
             closer = torch.where(self.active, closer, now.measure == self.now.measure)
@@ -258,13 +313,18 @@ class Watch:
         if (
             k >= solver.min_iter
             and not solver.return_final
-            and not (self.all_active and float(now.measure.amin()) > solver.tol)
+            and not (self.all_active and self._least(now) > solver.tol)
         ):
             goes_on = known.active & (now.measure > solver.tol)
             known = known._replace(nstep=torch.where(known.active, k, known.nstep), active=goes_on)
             self.count = int(goes_on.sum())
             self.done, self.all_active = self.count == 0, self.count == len(goes_on)
+            self.steady = self.steady and self.all_active
         self.samples = known
+
+    def _least(self, now: Iterate) -> float:
+        """The smallest measure."""
+        return float(now.measure.amin()) if self.glance is None else min(self.glance.measure)
 
     def hold(self, z_next: Tensor, z: Tensor) -> Tensor:
         """z_next for the samples that take part, and z, or the best state, for those at rest."""
