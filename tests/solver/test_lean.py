@@ -47,7 +47,7 @@ def contraction():
     ("solver", "most"),
     [
         (FixedPointIteration(tol=1e-30), 4),
-        (Anderson(tol=1e-30), 61),
+        (Anderson(tol=1e-30), 24),
         (Broyden(tol=1e-30), 69),
         (Broyden(tol=1e-30, kind="bad"), 66),
         (Multisecant(tol=1e-30), 88),

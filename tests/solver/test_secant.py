@@ -9,6 +9,7 @@ import torch
 
 from tests.problems import F64, TanhMap, random_matrix
 from torchdeq import Anderson, Broyden, Multisecant
+from torchdeq.solver.secant import SecantSolver
 
 N = 10
 
@@ -158,3 +159,23 @@ def test_rounding_is_no_difference():
         z, state = solver.step(f, z, f(z), state)
     assert not state.v.any()
     assert torch.equal(z, torch.full((1, 3), 2.0, dtype=F64))
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(m=12, tau=0.7)], ids=str)
+@pytest.mark.parametrize("n", [8, 64])
+def test_the_quick_way_makes_the_same_steps(solver, n, monkeypatch):
+    """What the loop may choose where all goes well, against the general way, whose steps are those of the books."""
+    f = TanhMap.make(n=n, batch=8, gain=0.7)
+    solver = solver.replace(tol=0.0, max_iter=14)
+    taken = []
+    quick = type(solver)._quick_step
+    monkeypatch.setattr(type(solver), "_quick_step", lambda *args: taken.append(1) or quick(*args))
+    with torch.no_grad():
+        fast = solver(f, f.z0)
+    assert len(taken) >= 8
+    monkeypatch.undo()
+    monkeypatch.setattr(type(solver), "step", SecantSolver.step)
+    with torch.no_grad():
+        slow = solver(f, f.z0)
+    # Rounding grows with the condition of the small system.
+    assert torch.allclose(fast.trace, slow.trace, rtol=1e-5, atol=1e-14)

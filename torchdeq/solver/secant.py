@@ -36,9 +36,8 @@ from torchdeq._state import Map, per_sample, rough_norm
 from torchdeq.solver.base import Solver
 from torchdeq.solver.maps import Tally, residual_of
 
-
 #: Batched products of fewer multiplications than that are slow on a CPU: torch makes them without BLAS.
-_SMALL = 400
+SMALL = 400
 
 
 class SecantState(NamedTuple):
@@ -57,6 +56,7 @@ class SecantState(NamedTuple):
     pairs: int | Tensor  # differences so far; −1 before the first evaluation; as a tensor (1,)
     valid: Tensor | None  # (B, capacity), which rows count, the others get γ = 0; None: all of them
     skip: Tensor | None  # (B,), how many differences to come say nothing; None: none
+    quick: Any = None  # what a method keeps for its quick steps
 
 
 class Entries(NamedTuple):
@@ -194,7 +194,7 @@ class SecantSolver(Solver):
             if state.pairs < 0:
                 return step, state._replace(z=z, r=r, size=size, pairs=0)
             n, slot = min(state.pairs + 1, depth), state.pairs % depth
-            state = _with_room(state, n, depth)
+            state = with_room(state, n, depth)
         else:
             n, slot = state.v.shape[1], state.pairs.clamp_min(0) % depth
 
@@ -351,7 +351,7 @@ def against(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
 
 def minus(step: Tensor, gamma: Tensor, u: Tensor) -> Tensor:
     """step − Uᵀγ, (B, D)."""
-    if u.device.type == "cpu" and u.shape[1] * u.shape[2] < _SMALL:
+    if u.device.type == "cpu" and u.shape[1] * u.shape[2] < SMALL:
         return step - (gamma[:, :, None] * u).sum(dim=1)[:, : step.shape[1]]
     if u.shape[2] == step.shape[1]:
         return torch.baddbmm(step[:, None], gamma[:, None], u, alpha=-1)[:, 0]
@@ -407,7 +407,7 @@ def padding(size: int, like: Tensor) -> int:
     return -size % 8 if like.dtype == torch.float64 and like.device.type == "cpu" else 0
 
 
-def _with_room(state: SecantState, n: int, depth: int) -> SecantState:
+def with_room(state: SecantState, n: int, depth: int) -> SecantState:
     """The state with room for n pairs, and for seven more at most: memory follows use."""
     capacity = state.v.shape[1]
     if n > capacity:
@@ -432,6 +432,7 @@ def _widened(state: SecantState, wanted: int) -> SecantState:
         valid=None
         if state.valid is None
         else torch.nn.functional.pad(state.valid, (0, wanted - state.valid.shape[1])),
+        quick=None,
     )
 
 
