@@ -191,7 +191,7 @@ def _reason(text: str) -> str:
     """The line that says it, of errors that come with a traceback inside."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if "Error: " in line or "failure" in line.lower()]
-    return ((told or lines or ["no reason given"])[-1])[:200]
+    return (told or lines or ["no reason given"])[-1].partition(". ")[0][:200]
 
 
 if __name__ == "__main__":

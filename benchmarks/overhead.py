@@ -9,7 +9,6 @@ writes overhead.json, the raw times, and from it overhead.md and overhead.png. S
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from layers import Layer, conv, dense
-from overhead_report import write_plot, write_report
+from overhead_report import best, overhead, write_plot, write_report
 from peers import UNREACHABLE, Peers, old_torchdeq
 from report import environment
 from timing import Turn, clocked, load, operations, rounded, save, take_turns
@@ -35,10 +35,8 @@ SOLVERS: dict[str, tuple[type[Solver], str]] = {
     "Anderson": (Anderson, "anderson"),
     "Broyden": (Broyden, "broyden"),
 }
-#: The ways of making our module. `compile` is left out where this version of the library does not have it.
-MODULES: dict[str, dict[str, Any]] = {"ours, DEQ": {}}
-if "compile" in inspect.signature(DEQ.__init__).parameters:
-    MODULES["ours, compiled"] = {"compile": True}
+#: The ways of making our module.
+MODULES: dict[str, dict[str, Any]] = {"ours, DEQ": {}, "ours, compiled": {"compile": True}}
 
 Map = Callable[[Tensor], Tensor]
 
@@ -89,13 +87,14 @@ class _Noted(torch.autograd.Function):
 # Who takes part ------------------------------------------------------------------------------------------------------
 
 
-def forward_contenders(layer: Layer, old: ModuleType | None) -> list[Contender]:
+def forward_contenders(layer: Layer, old: ModuleType | None, *, compiled: bool = False) -> list[Contender]:
     """Solves without derivatives, from 0. Each action returns how many evaluations were made, as it says."""
     z0 = torch.zeros_like(layer.x)
     found = []
 
     def theirs(name: str) -> Callable[[Map, int], Callable[[], Any]]:
-        solve = old.solver.get_solver(name)  # type: ignore[union-attr]
+        # Its modules call it without grad mode, as ours call themselves; left alone it would record a graph.
+        solve = torch.no_grad()(old.solver.get_solver(name))  # type: ignore[union-attr]
         return lambda f, k: lambda: solve(f, z0, max_iter=k, tol=0.0)
 
     def solver(kind: type[Solver]) -> Callable[[Map, int], Callable[[], Any]]:
@@ -117,11 +116,11 @@ def forward_contenders(layer: Layer, old: ModuleType | None) -> list[Contender]:
         if old is not None:
             found.append(Contender(name, "0.1.0", theirs(other)))
         found.append(Contender(name, "ours", solver(kind)))
-        found += [Contender(name, who, module(kind, options)) for who, options in MODULES.items()]
+        found += [Contender(name, who, module(kind, options)) for who, options in ways(compiled).items()]
     return found
 
 
-def backward_contenders(layer: Layer, old: ModuleType | None) -> list[Contender]:
+def backward_contenders(layer: Layer, old: ModuleType | None, *, compiled: bool = False) -> list[Contender]:
     """Backward passes at the solution. The forward pass before each has one evaluation and is not timed."""
     z0 = layer.solution
     once = FixedPointIteration(max_iter=1, tol=float("inf"))
@@ -151,8 +150,13 @@ def backward_contenders(layer: Layer, old: ModuleType | None) -> list[Contender]
     for name, (kind, other) in {**SOLVERS, "GMRES": (GMRES, "")}.items():
         if old is not None and other:
             found.append(Contender(name, "0.1.0", theirs(other)))
-        found += [Contender(name, who, ours(kind, options)) for who, options in MODULES.items()]
+        found += [Contender(name, who, ours(kind, options)) for who, options in ways(compiled).items()]
     return found
+
+
+def ways(compiled: bool) -> dict[str, dict[str, Any]]:
+    """The ways of making our module that take part."""
+    return {who: options for who, options in MODULES.items() if compiled or not options}
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
@@ -187,6 +191,21 @@ def pure_turns(layer: Layer) -> dict[str, Turn]:
 
     actions = {"f": evaluations, "product": products, "parameters": to_parameters}
     return {name: per_call(action) for name, action in actions.items()}
+
+
+def compiled_turn(layer: Layer) -> Turn:
+    """What an evaluation costs by `torch.compile` of f alone; for reference, no overhead is a ratio to it."""
+    f = torch.compile(lambda z: layer(z))
+
+    @torch.no_grad()
+    def evaluations() -> None:
+        z = layer.solution
+        for _ in range(ITERATIONS):
+            z = f(z)
+
+    evaluations()  # compiles, or raises
+    turn = clocked(lambda: evaluations)
+    return lambda: turn() / ITERATIONS
 
 
 def operations_of_f(layer: Layer) -> dict[str, int]:
@@ -227,15 +246,41 @@ def account(contender: Contender, layer: Layer, *, backward: bool) -> dict[str, 
 def measure(layer: Layer, contenders: Sequence[Contender], rounds: int, *, backward: bool) -> dict[str, Any]:
     """A case: for each contender its account and its times, and the times of f in the same rounds."""
     title = f"{layer.name}, {'backward' if backward else 'forward'}"
-    rows = [account(contender, layer, backward=backward) for contender in contenders]
-    turns = pure_turns(layer)
-    for c in contenders:
+    rows, failed, turns = {}, {}, pure_turns(layer)
+    pure = list(turns)
+    if not backward and any(c.compiled for c in contenders):
+        try:
+            turns["f, compiled"] = compiled_turn(layer)
+            pure.append("f, compiled")
+        except Exception as error:
+            failed["f, compiled"] = first_line(error)
+    for c in tqdm(contenders, desc=f"{title}, counting", leave=False, disable=None):
+        try:
+            rows[c.name] = account(c, layer, backward=backward)
+        except Exception as error:
+            if not c.compiled:
+                raise
+            failed[c.name] = first_line(error)  # what a compiler cannot do is a result
+            continue
         turns[c.name] = clocked(lambda c=c: c.make(layer, ITERATIONS))
     seconds = rounded(take_turns(turns, rounds, title))
-    for row, contender in zip(rows, contenders, strict=True):
-        row["seconds"] = seconds[contender.name]
-    pure = {name: seconds[name] for name in ("f", "product", "parameters")}
-    return {"case": layer.name, "backward": backward, "pure": pure, "rows": rows}
+    for name, row in rows.items():
+        row["seconds"] = seconds[name]
+    case = {
+        "case": layer.name,
+        "backward": backward,
+        "pure": {name: seconds[name] for name in pure},
+        "rows": list(rows.values()),
+        "failed": failed,
+    }
+    for row in rows.values():
+        row["overhead"], row["overhead (best)"] = overhead(case, row).middle, best(case, row)
+    return case
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
 
 
 def cases(quick: bool) -> list[tuple[Layer, int]]:
@@ -245,14 +290,15 @@ def cases(quick: bool) -> list[tuple[Layer, int]]:
     return [(dense(32, 64), 150), (dense(32, 512), 60), (conv(32, 16, 16), 30)]
 
 
-def run(old: ModuleType | None, *, quick: bool, rounds: int | None) -> list[dict[str, Any]]:
+def run(old: ModuleType | None, *, quick: bool, compiled: bool, rounds: int | None) -> list[dict[str, Any]]:
     """All cases, forward and backward."""
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # tol=0 asks for all iterations
         for layer, usual in cases(quick):
             for backward, contenders in ((False, forward_contenders), (True, backward_contenders)):
-                found.append(measure(layer, contenders(layer, old), rounds or usual, backward=backward))
+                who = contenders(layer, old, compiled=compiled)
+                found.append(measure(layer, who, rounds or usual, backward=backward))
     return found
 
 
@@ -260,8 +306,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="tiny layers, no peer: a test that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny layers, no peer, nothing compiled")
     parser.add_argument("--redraw", action="store_true", help="only the report and the plot")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without what torch.compile takes minutes for"
+    )
     parser.add_argument("--rounds", type=int, help="turns of each contender (default: 30 to 150)")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="a wheel of torchdeq 0.1.0")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where to write")
@@ -274,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             old, missing = found_old(args.peers)
         versions = {} if old is None else {"torchdeq (peer)": "0.1.0"}
         where = environment(Peers([], [], versions, missing))  # before the run, for the code that is loaded
-        results = run(old, quick=args.quick, rounds=args.rounds)
+        compiled = not (args.quick or args.no_compile)
+        results = run(old, quick=args.quick, compiled=compiled, rounds=args.rounds)
         save(args.out / "overhead.json", {"circumstances": where, "cases": results})
     results = load(args.out / "overhead.json")
     print(write_report(args.out / "overhead.md", results))

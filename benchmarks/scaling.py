@@ -32,8 +32,8 @@ ITERATIONS = (5, 20, 50, 200)
 HISTORIES = (2, 5, 10, 20)
 #: Numbers that a history may have: what is larger does not fit into the memory of a laptop twice.
 LARGEST = 2**26
-#: B·D·K·(1 + h), which the time of a solve goes with: some seconds.
-LONGEST = 7e8
+#: B·D·K·(1 + h), which the time of a solve goes with, and B·K·h³, where small systems are solved: some seconds each.
+LONGEST, LONGEST_SMALL = 2e8, 2e10
 #: The largest W of the layer that overheads are compared with; beyond it the layer's time is extrapolated.
 LARGEST_LAYER = 4096
 
@@ -127,7 +127,10 @@ def fits(cell: Cell) -> bool:
     """Whether its memory and its time can be afforded."""
     most = 1 if cell.solver == "Picard" else min(cell.m or cell.iterations, cell.iterations)
     numbers = cell.batch * cell.size
-    return 2 * most * numbers <= LARGEST and numbers * cell.iterations * (1 + cell.history) <= LONGEST
+    small = cell.batch * cell.iterations * cell.small <= LONGEST_SMALL
+    return (
+        small and 2 * most * numbers <= LARGEST and numbers * cell.iterations * (1 + cell.history) <= LONGEST
+    )
 
 
 def measure(cell: Cell, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from jax_peer import JaxError, JaxPeer, python_with_jax
 from layers import Step
-from overhead import SOLVERS, Calls, found_old, pure_turns
+from overhead import SOLVERS, Calls, first_line, found_old, pure_turns
 from peers import Peers
 from report import environment
 from timing import Turn, clocked, load, rounded, save, take_turns
@@ -36,7 +37,7 @@ MOST = 100  # evaluations
 SLOW = (
     20  # a setting of jax that takes so many times as long as the fastest takes few turns, after the others
 )
-COMPILES = "compile" in inspect.signature(DEQ.__init__).parameters
+LONGEST = 2.0  # seconds; a step that takes longer is not looked at further
 
 #: Solves z = f(z) from z0, with its derivative.
 Layer = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -82,7 +83,7 @@ def theirs(old: ModuleType, name: str) -> Callable[[float, float], Layer]:
     return layer
 
 
-def settings(old: ModuleType | None, jax: JaxPeer | None) -> list[Setting]:
+def settings(old: ModuleType | None, jax: JaxPeer | None, *, compiled: bool = False) -> list[Setting]:
     """Everybody who takes part."""
     found = []
     if old is not None:
@@ -91,7 +92,7 @@ def settings(old: ModuleType | None, jax: JaxPeer | None) -> list[Setting]:
             found.append(Setting(f"0.1.0 {name}", "0.1.0", text, theirs(old, other)))
     pairs = {name: (kind, kind) for name, (kind, _) in SOLVERS.items()}
     pairs |= {"Anderson, GMRES": (Anderson, GMRES), "default": (Multisecant, GMRES)}
-    for group, options in {"ours": {}, **({"ours, compiled": {"compile": True}} if COMPILES else {})}.items():
+    for group, options in {"ours": {}, **({"ours, compiled": {"compile": True}} if compiled else {})}.items():
         for name, (forward, backward) in pairs.items():
             extra = ", compile=True" if options else ""
             text = f"`DEQ({forward.__name__}(stop_mode='rel'), IFT(solver={backward.__name__}()){extra})`"
@@ -100,6 +101,10 @@ def settings(old: ModuleType | None, jax: JaxPeer | None) -> list[Setting]:
     if jax is not None:
         found += [Setting(name, name.partition(" ")[0], text) for name, text in jax.settings.items()]
     return found
+
+
+class TooSlow(JaxError):  # noqa: N818 - it is how a setting ends, and reports no error of ours
+    """A step takes so long that it is no contender."""
 
 
 # A step, and what it reaches ----------------------------------------------------------------------------------------
@@ -137,18 +142,24 @@ def loosest(reached: Callable[[float], float], probes: int = 7) -> float:
             smallest is not tried first.
     """
     why = f"does not reach {GOAL:g}"
-    for exponent in range(-2, -9, -1):
+
+    def arrives(exponent: float) -> bool:
+        nonlocal why
         try:
-            if reached(10.0**exponent) <= GOAL:
-                break
+            return reached(10.0**exponent) <= GOAL
+        except TooSlow:
+            raise
         except JaxError as error:
             why = str(error)
-    else:
+            return False
+
+    low = next((float(exponent) for exponent in range(-2, -9, -1) if arrives(exponent)), None)
+    if low is None:
         raise JaxError(why)
-    low, high = float(exponent), exponent + 1.0
+    high = low + 1
     for _ in range(probes):
         middle = (low + high) / 2
-        low, high = (middle, high) if reached(10**middle) <= GOAL else (low, middle)
+        low, high = (middle, high) if arrives(middle) else (low, middle)
     return 10**low
 
 
@@ -166,34 +177,47 @@ def account(
 ) -> dict[str, Any]:
     """A setting's tolerances, and what is reached with them, by how many evaluations."""
     row = {"name": setting.name, "group": setting.group, "describe": setting.describe, "failed": None}
+    compiled = setting.like is not None
+
+    asked = 0
 
     def measured(tol: float, b_tol: float) -> tuple[float, float]:
-        if setting.layer is None:
-            assert jax is not None
-            return jax.residuals(step, setting.name, tol, b_tol)
-        return residuals(step, setting.layer(tol, b_tol))
+        nonlocal asked
+        if setting.layer is not None:
+            return residuals(step, setting.layer(tol, b_tol))
+        assert jax is not None
+        began = time.perf_counter()
+        found = jax.residuals(step, setting.name, tol, b_tol)
+        took, asked = time.perf_counter() - began, asked + 1
+        if asked > 1 and took > LONGEST:  # the first step is also compiled
+            raise TooSlow(f"a step takes {took:.1f} s")
+        return found
 
     try:
         like = next((one for one in known if one["name"] == setting.like), None)
         tol, b_tol = (like["tol"], like["b_tol"]) if like else tolerances(measured)
         reached = measured(tol, b_tol)
-    except JaxError as error:
-        return {**row, "failed": str(error)}
+    except Exception as error:
+        if not (compiled or isinstance(error, JaxError)):
+            raise
+        return {**row, "failed": str(error) if isinstance(error, JaxError) else first_line(error)}
     calls = products = None
-    if setting.layer is not None and like is None:
+    if setting.layer is not None and not compiled:
         calls, products = counts(step, setting.layer(tol, b_tol))
     return {**row, "tol": tol, "b_tol": b_tol, "reached": reached, "calls": calls, "products": products}
 
 
-def case(batch: int, n: int, rounds: int, old: ModuleType | None, jax: JaxPeer | None) -> dict[str, Any]:
+def case(
+    batch: int, n: int, rounds: int, old: ModuleType | None, jax: JaxPeer | None, *, compiled: bool
+) -> dict[str, Any]:
     """All settings on one problem: first what each needs for equal residuals, then their times, in turn."""
-    step = Step.make(batch, n)
+    step, title = Step.make(batch, n), f"{batch}×{n}"
     if jax is not None:
         jax.prepare(step)
     rows: list[dict[str, Any]] = []
     turns: dict[str, Turn] = {}
     processor: dict[str, list[float]] = {}
-    for setting in settings(old, jax):
+    for setting in tqdm(settings(old, jax, compiled=compiled), desc=title, leave=False, disable=None):
         row = account(step, setting, jax, rows)
         rows.append(row)
         if row["failed"]:
@@ -207,7 +231,6 @@ def case(batch: int, n: int, rounds: int, old: ModuleType | None, jax: JaxPeer |
             turns[setting.name] = clocked(lambda action=action: action)
     once = {name: min(turn(), turn()) for name, turn in turns.items()}
     slow = [name for name in processor if once[name] > SLOW * min(once.values())]
-    title = f"{batch}×{n}"
     pure = pure_turns(step.layer)
     seconds = take_turns(
         pure | {name: turn for name, turn in turns.items() if name not in slow}, rounds, title
@@ -226,8 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny layer, no peers: a test that it runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny layer, no peers, nothing compiled")
     parser.add_argument("--redraw", action="store_true", help="only the report and the plot")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without what torch.compile takes minutes for"
+    )
     parser.add_argument("--rounds", type=int, help="turns of each setting (default: 20 to 60)")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="a wheel of torchdeq 0.1.0")
     parser.add_argument("--jax-python", type=Path, help="an interpreter with jax, jaxopt and optimistix")
@@ -249,7 +275,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             shapes = [(2, 8, 2)] if args.quick else [(32, 64, 60), (32, 512, 30), (128, 512, 20)]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # in the search for tolerances
-                cases = [case(batch, n, args.rounds or rounds, old, jax) for batch, n, rounds in shapes]
+                compiled = not (args.quick or args.no_compile)
+                cases = [
+                    case(batch, n, args.rounds or rounds, old, jax, compiled=compiled)
+                    for batch, n, rounds in shapes
+                ]
         save(args.out / "training.json", {"circumstances": where, "goal": GOAL, "cases": cases})
     results = load(args.out / "training.json")
     print(write_report(args.out / "training.md", results))

@@ -131,8 +131,8 @@ def write_report(path: Path, results: Mapping[str, Any]) -> str:
         "",
         "z = tanh(W z + U x + b), L = mean z², batch × size, float32: forward and backward. Each setting has the",
         "loosest tolerances with which both relative residuals, measured in float64 from what it returns, are at most",
-        f"{results['goal']:g} for every sample. Median and quartiles of a setting's turns; *about*: a slow one, of few "
-        f"turns. *of it f*: its calls of f and products with Jᵀ by themselves, timed in the same rounds.",
+        f"{results['goal']:g} for every sample. Median and quartiles of a setting's turns; *about*: a slow one, of few",
+        "turns. *of it f*: its calls of f and products with Jᵀ by themselves, timed in the same rounds.",
         "",
     ]
     missed = []
@@ -160,11 +160,12 @@ def write_report(path: Path, results: Mapping[str, Any]) -> str:
 
 
 def write_plot(path: Path, results: Mapping[str, Any]) -> None:
-    """Bars of milliseconds, one panel for each case, the fastest on top."""
+    """Medians and quartiles of milliseconds, one panel for each case, the fastest on top."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     cases: Sequence[Mapping[str, Any]] = results["cases"]
     most = max(sum(1 for row in case["rows"] if row["seconds"]) for case in cases)
@@ -175,19 +176,14 @@ def write_plot(path: Path, results: Mapping[str, Any]) -> None:
         rows = sorted((r for r in case["rows"] if r["seconds"]), key=lambda r: median(r["seconds"]))
         spreads = [Spread.of([1e3 * s for s in row["seconds"]]) for row in rows]
         places = range(len(rows))
-        axis.barh(
-            places,
-            [s.middle for s in spreads],
-            0.8,
-            color=[COLOURS[row["group"]] for row in rows],
-            xerr=[[s.middle - s.low for s in spreads], [s.high - s.middle for s in spreads]],
-            error_kw={"lw": 0.9},
-        )
-        for place, spread in zip(places, spreads, strict=True):
+        for place, row, spread in zip(places, rows, spreads, strict=True):
+            colour = COLOURS[row["group"]]
+            axis.hlines(place, spread.low, spread.high, color=colour, lw=5, alpha=0.35)
+            axis.plot(spread.middle, place, "o", color=colour, ms=6)
             axis.annotate(
                 f"{spread.middle:.3g}",
                 (spread.high, place),
-                xytext=(3, 0),
+                xytext=(7, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
@@ -195,16 +191,19 @@ def write_plot(path: Path, results: Mapping[str, Any]) -> None:
         axis.set_yticks(places, [row["name"] for row in rows], fontsize=8)
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xscale("log")
-        axis.margins(x=0.12)
+        axis.margins(x=0.15)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.xaxis.set_minor_formatter(lambda x, _: "")
+        for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
+            tick.set_fontweight("bold" if row["group"].startswith("ours") else "normal")
         axis.set_xlabel("ms for a step")
         axis.set_title(case["case"], fontsize=11)
-        axis.grid(axis="x", alpha=0.25)
+        axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     groups = [g for g in COLOURS if any(row["group"] == g for case in cases for row in case["rows"])]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[group]) for group in groups]
+    handles = [plt.Line2D([], [], marker="o", ls="", color=COLOURS[group]) for group in groups]
     figure.legend(handles, groups, loc="outside lower center", ncols=len(groups), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -37,7 +37,12 @@ def add_to(subparsers: Any) -> None:
         epilog="\n".join(["studies:", *(f"  {name:10} {what}" for name, what in STUDIES.items())]),
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"{', '.join(STUDIES)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="tiny problems, no peers: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny problems, no peers, nothing compiled: does it run?"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without what torch.compile takes minutes for"
+    )
     parser.add_argument(
         "--redraw", action="store_true", help="reports and plots only, from the last run's numbers"
     )
@@ -100,6 +105,8 @@ def command(program: Path, args: argparse.Namespace) -> Sequence[str]:
     words += ["--quick"] * args.quick + ["--redraw"] * args.redraw
     if args.out is not None:
         words += ["--out", str(args.out)]
+    if args.no_compile and program.stem in ("overhead", "training"):
+        words.append("--no-compile")
     if args.peers is not None and program.stem in ("overhead", "training"):
         words += ["--peers", str(args.peers)]
     if args.jax_python is not None and program.stem == "training":
