@@ -116,16 +116,26 @@ def test_program_takes_the_steps_of_the_model_at_another_batch_size(index: int) 
         torch.testing.assert_close(cell(z, x), z, rtol=1e-8, atol=1e-9)
 
 
-def test_program_stops_at_max_iter_and_says_so() -> None:
-    cell = Cell().eval()
-    deq = DEQ(FixedPointIteration(tol=1e-12, max_iter=7)).eval()
-    x = uneven(4, 5)
+@functools.cache
+def short() -> tuple[Cell, DEQ, ExportedProgram]:
+    """A solve of a fixed size with a solver for inference that stops before all samples have converged."""
+    cell = Cell().double().eval()
+    deq = DEQ(
+        torchdeq.NewtonKrylov(tol=1e-6), eval_solver=FixedPointIteration(tol=1e-3, max_iter=12), record=(3,)
+    ).eval()
     with pytest.warns(torchdeq.ConvergenceWarning):
-        run = export(deq, cell, (torch.zeros(4, 5), x)).module()
-    z, info = run(torch.zeros(4, 5), x)
+        program = export(deq, cell, (torch.zeros(4, 5), uneven(4, 5)), dynamic_batch=False)
+    return cell, deq, program
+
+
+def test_program_of_the_eval_solver_stops_at_max_iter_and_says_so() -> None:
+    cell, deq, program = short()
+    x = uneven(4, 5)
+    z, info = program.module()(torch.zeros(4, 5), x)
     expected, solution = solved(deq, cell, torch.zeros(4, 5), x)
     assert torch.equal(info["converged"], solution.converged)
-    assert not info["converged"].all()
+    assert info["converged"].tolist().count(False) in (1, 2, 3)
+    assert torch.equal(info["nstep"], solution.nstep)
     torch.testing.assert_close(z, expected)
 
 
@@ -214,7 +224,9 @@ def test_state_that_is_one_system() -> None:
         return matrix @ z + b
 
     b = torch.randn(6)
-    program = export(DEQ(Anderson(tol=1e-10, m=8), batch_dims=0).eval(), f, (torch.zeros(6), b))
+    program = export(
+        DEQ(FixedPointIteration(tol=1e-11, max_iter=80), batch_dims=0).eval(), f, (torch.zeros(6), b)
+    )
     z, info = program.module()(torch.zeros(6), b)
     torch.testing.assert_close(z, torch.linalg.solve(torch.eye(6) - matrix, b), rtol=1e-8, atol=1e-8)
     assert info["converged"].all()
@@ -242,12 +254,7 @@ def test_torch_export_alone_will_do_and_recorded_states_are_those_of_the_model()
 
 
 def test_size_may_be_fixed() -> None:
-    program = export(
-        DEQ(FixedPointIteration(tol=1e-6)).eval(),
-        Cell().eval(),
-        (torch.zeros(1, 5), torch.ones(1, 5)),
-        dynamic_batch=False,
-    )
+    _, _, program = short()
     with pytest.raises(AssertionError, match="Guard failed"):
         program.module()(torch.zeros(2, 5), torch.ones(2, 5))
 
@@ -271,13 +278,6 @@ def test_a_solver_without_a_fixed_shape_is_refused_with_the_names_of_those_that_
         export(deq, Cell().eval(), (torch.zeros(2, 5), torch.ones(2, 5)))
     for name in ("FixedPointIteration", "Anderson", "Broyden", "Multisecant"):
         assert name in str(raised.value)
-
-
-def test_eval_solver_is_the_one_that_is_exported() -> None:
-    deq = DEQ(torchdeq.NewtonKrylov(tol=1e-6), eval_solver=FixedPointIteration(tol=1e-6, max_iter=80)).eval()
-    cell, x = Cell().eval(), uneven(3, 5)
-    _, info = export(deq, cell, (torch.zeros(3, 5), x)).module()(torch.zeros(3, 5), x)
-    assert torch.equal(info["nstep"], solved(deq, cell, torch.zeros(3, 5), x)[1].nstep)
 
 
 def test_examples_that_are_none_are_refused() -> None:
@@ -304,20 +304,35 @@ def test_f_that_chooses_by_values_is_explained() -> None:
     def f(z: Tensor, x: Tensor) -> Tensor:
         return 0.5 * z + x if z.sum() > 0 else 0.25 * z + x
 
-    with pytest.raises(torch._dynamo.exc.UncapturedHigherOrderOpError) as raised:
+    with pytest.raises(RuntimeError) as raised:  # torch's, of the call before the loop
         export(DEQ(Anderson()).eval(), f, (torch.zeros(2, 5), torch.ones(2, 5)))
     assert any("by the values of tensors" in note for note in raised.value.__notes__)
 
 
+class Differs(nn.Module):
+    """Gives x and a small difference; in a program, both changed by so much of x."""
+
+    def __init__(self, by: float):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        by = self.by * x if torch.compiler.is_compiling() else torch.zeros_like(x)
+        return x + by, 1e-4 * x.sin() + by
+
+
 def test_a_program_that_gives_something_else_is_refused() -> None:
-
-    def f(z: Tensor, x: Tensor) -> Tensor:
-        return 0.5 * z + x * (1.0 if torch.compiler.is_compiling() else 2.0)
-
+    x = torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="something else than the model"):
-        export(
-            DEQ(FixedPointIteration(tol=1e-9, max_iter=60)).eval(), f, (torch.zeros(2, 3), torch.ones(2, 3))
-        )
+        export(Differs(1e-6).eval(), x)
+    assert export(Differs(1e-6).eval(), x, check=False) is not None
+
+
+def test_a_difference_may_have_the_rounding_of_what_it_is_a_difference_of() -> None:
+    x = torch.ones(2, 3, dtype=torch.float32)
+    export(Differs(4 * torch.finfo(torch.float32).eps).eval(), x)
+    with pytest.raises(RuntimeError, match="something else than the model"):
+        export(Differs(100 * torch.finfo(torch.float32).eps).eval(), x)
 
 
 def test_graph_map_refuses_containers_that_a_graph_does_not_know() -> None:

@@ -114,7 +114,9 @@ def export(model: nn.Module, *what: Any, dynamic_batch: bool = True, check: bool
             exported.state_dict[name] = nn.Parameter(tensor.detach(), requires_grad=False)
     if check:
         with random.again():
-            _compare(expected, exported.module()(*tree_map(_copy, args)))
+            got = exported.module()(*tree_map(_copy, args))
+        # Of a solve the states are enough: those that agree have the same residual, but for its rounding.
+        _compare(*(expected[0], got[0]) if isinstance(model, DEQ) else (expected, got))
     return exported
 
 
@@ -223,11 +225,17 @@ def _explained() -> Iterator[None]:
 
 def _compare(expected: Any, got: Any) -> None:
     """Raise if the program has given something else than the model."""
-    for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
-        if not isinstance(a, Tensor) or not (a.is_floating_point() or a.is_complex()):
-            continue
-        level = torch.finfo(a.dtype).eps ** 0.5
-        if torch.allclose(a, b, rtol=level, atol=level * float(a.abs().nan_to_num().max()), equal_nan=True):
+    pairs = [
+        (a, b, float(a.abs().nan_to_num().max()))
+        for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True)
+        if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) and a.numel()
+    ]
+    largest = max((size for *_, size in pairs), default=0.0)
+    for a, b, size in pairs:
+        eps = torch.finfo(a.dtype).eps
+        # What is a difference of larger numbers, as a residual is, has the rounding of those.
+        close = eps**0.5 * size + 32 * eps * largest
+        if torch.allclose(a, b, rtol=eps**0.5, atol=close, equal_nan=True):
             continue
         raise RuntimeError(
             f"export: on the example the program gives something else than the model, by up to "
