@@ -42,11 +42,13 @@ class Method(metaclass=_Checked):
         Raises:
             TypeError: there is no such hyperparameter; the nearest one is named.
         """
+        if not options:
+            return self
         known = [f.name for f in dataclasses.fields(self)]
         for name in options:
             if name not in known:
                 raise TypeError(_no_option(type(self).__name__, name, known))
-        return dataclasses.replace(self, **options) if options else self
+        return dataclasses.replace(self, **options)
 
     def require(self, condition: bool, message: str) -> None:
         """Raise a ValueError that shows this method's call, unless `condition` holds."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -20,8 +21,10 @@ from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.reversible import Reversible
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, flatten_map, unravel_solution
+from torchdeq.solver.compiled import Compiled
 from torchdeq.solver.exported import solve_exported
 from torchdeq.solver.fp_iter import FixedPointIteration
+from torchdeq.solver.graphs import Graphs
 from torchdeq.solver.maps import AffineMap
 from torchdeq.solver.multisecant import Multisecant
 
@@ -50,6 +53,10 @@ class DEQ(nn.Module):
         modules: the modules, one or several, whose buffers f changes in training mode. None: those that f is seen
             to be made of: f itself, what it is a method of, what a closure or a `functools.partial` holds, the
             globals it names. Name them if f reaches them in another way.
+        compile: solve by `torch.compile`, the forward solve and that of `IFT`, each with f as one graph; or a mapping
+            of options of `torch.compile`, such as {"backend": "aot_eager"}. The same results to rounding, in less time
+            where f is small; the first call takes long. For f that torch can capture, the solvers
+            FixedPointIteration, Anderson, Broyden and Multisecant, and GMRES in `IFT`. See `compile`.
         hold_noise: draw the random numbers in f, such as the masks of `torch.nn.Dropout`, once for a solve. False:
             f is taken to draw none, or to keep what it drew.
 
@@ -96,6 +103,7 @@ class DEQ(nn.Module):
         throw: bool = False,
         on_backward: OnBackward | None = None,
         modules: nn.Module | Sequence[nn.Module] | None = None,
+        compile: bool | Mapping[str, Any] = False,
         hold_noise: bool = False,
     ):
         super().__init__()
@@ -124,6 +132,9 @@ class DEQ(nn.Module):
         # A tuple, so that they are not registered here: they are the caller's, who has them elsewhere.
         self.stateful = None if stateful is None else tuple(stateful)
         self.hold_noise = hold_noise
+        self._graphs: Graphs | None = None
+        if compile is not False:
+            self.compile(**({} if compile is True else compile))
         self.last_noise: RandomState | None = None  # that the last solve held, for looking at f as it was
         # Solvers that learn are submodules, also those inside a chain or a gradient method.
         inside = [m for part in (solver, eval_solver, grad) for m in _modules_in(part)]
@@ -153,11 +164,16 @@ class DEQ(nn.Module):
         if self.hold_noise:
             layout_of(z0, self.batch_dims)  # which checks that there is a device to ask
             self.last_noise = RandomState.capture(optree.tree_leaves(z0)[0].device)
+        solver, methods = solver.replace(**overrides), methods_for(self.grad, self.record)
+        if self._graphs is not None:
+            solver, methods = self._graphs.kept(
+                (solver, *methods), functools.partial(compiled, self._graphs, solver, methods)
+            )
         states, solution = solve_and_attach(
             f,
             z0,
-            solver.replace(**overrides),
-            methods_for(self.grad, self.record),
+            solver,
+            methods,
             record=self.record,
             batch_dims=self.batch_dims,
             on_backward=self._backward,
@@ -166,7 +182,45 @@ class DEQ(nn.Module):
         )
         self._forward_report.throw = self._backward_report.throw = self.throw
         self._forward_report(solution, None if self.hold_noise else lambda: noise_in(f, z0, self.stateful))
-        return states[-1], dataclasses.replace(solution, states=states[:-1])
+        return states[-1], solution if len(states) == 1 else dataclasses.replace(solution, states=states[:-1])
+
+    def compile(self, **options: Any) -> None:
+        """Compile the solves from now on; what `DEQ(compile=True)` does.
+
+        `torch.nn.Module.compile` would try to compile `forward`, which reads numbers to know when to stop. Here each
+        solve is a graph: the forward solve one loop, an adjoint solve some products at a time, which makes up to five
+        more than are needed. f is captured with them. A fresh closure over other tensors of the same shapes is not
+        compiled again, and another batch size once. Parametrized weights are evaluated before, once for a solve.
+        Tangents, and derivatives of higher order, are solved as they are without. Copies, and modules that are read
+        from a file, compile anew.
+
+        Arguments:
+            **options: of `torch.compile`: backend, mode, dynamic, options.
+
+        Raises:
+            TypeError: a solver or a gradient method cannot be compiled.
+            ValueError: with `hold_noise=True`, as a graph has random numbers of its own.
+
+        When called, the module then raises a RuntimeError if torch cannot capture f, or if f changes buffers in
+        training mode.
+        """
+        if self.hold_noise:
+            raise ValueError(
+                "DEQ(hold_noise=True) cannot be compiled: a graph does not draw again what it drew. VariationalDropout "
+                "keeps its mask, and needs no hold_noise."
+            )
+        for name in options:
+            if name not in ("backend", "mode", "dynamic", "options"):
+                raise TypeError(
+                    f"DEQ.compile has no option {name!r}. Those of torch.compile that it takes are backend, mode, "
+                    f"dynamic and options."
+                )
+        graphs = Graphs(options)
+        for solver in (self.solver, self.eval_solver or self.solver):
+            compiled(
+                graphs, solver, methods_for(self.grad, self.record)
+            )  # so that what cannot be raises here
+        self._graphs = graphs
 
     def _exported(self, f: Callable[[Tree], Tree], z0: Tree, solver: SolverLoop) -> tuple[Tree, Solution]:
         """`forward` as a part of the graph that `torch.export` makes: inference, see `torchdeq.export`."""
@@ -207,6 +261,8 @@ class DEQ(nn.Module):
             )
             if getattr(self, name) != default
         ]
+        if self._graphs is not None:
+            options.append(f"compile={self._graphs.options or True!r}")
         if self.stateful is not None:  # by their class: one of them may hold this module
             options.append(f"modules=[{', '.join(type(module).__name__ for module in self.stateful)}]")
         return f"DEQ({', '.join([repr(self.solver), repr(self.grad), *options])})"
@@ -226,6 +282,27 @@ def methods_for(grad: GradMethod | Sequence[GradMethod], record: Sequence[int]) 
             f"the {len(record)} recorded states and one for the solution, got {len(methods)}."
         )
     return methods * (len(record) + 1) if len(methods) == 1 else methods
+
+
+def compiled(
+    graphs: Graphs, solver: SolverLoop, methods: Sequence[GradMethod]
+) -> tuple[SolverLoop, list[GradMethod]]:
+    """The solver and the gradient methods whose solves are compiled.
+
+    Raises:
+        TypeError: one of them cannot be.
+    """
+    found = []
+    for method in methods:
+        if isinstance(method, IFT):
+            method = method.replace(solver=Compiled(method.solver, graphs))
+        elif type(method).__call__ is not GradMethod.__call__:
+            raise TypeError(
+                f"{method!r} makes the steps of the forward solve itself, which are not compiled. Use IFT(), "
+                f"PhantomGrad() or JFB(); or compile f alone: DEQ(compile=False) and torch.compile(f)."
+            )
+        found.append(method)
+    return Compiled(solver, graphs), found
 
 
 def noise_in(f: Callable[[Tree], Tree], z0: Tree, modules: Sequence[nn.Module] | None = None) -> str | None:
@@ -299,5 +376,5 @@ def solve_and_attach(
             if ours:
                 release(held)
             states = [*solution.states, z]
-    bare = dataclasses.replace(solution, states=[])
+    bare = dataclasses.replace(solution, states=[]) if solution.states else solution
     return [layout.unravel(z) for z in states], unravel_solution(bare, layout)

@@ -192,12 +192,12 @@ class Reporter:
             cause: looks for a cause that is known to be one, and says what it is and what to do instead of the remedy;
                 None for nothing found. Called only if there is something to say.
         """
-        problem = solution.problem()
-        if problem is None:
+        if bool(solution.converged.all()):
             return
         self.unconverged += 1
         if not self.throw and self.unconverged > 1:
             return
+        problem = solution.problem()
         text = f"{problem} {(cause and cause()) or self.remedy}"
         if self.throw:
             raise ConvergenceError(text)

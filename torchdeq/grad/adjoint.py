@@ -16,6 +16,7 @@ from torchdeq.solution import Solution
 from torchdeq.solver.base import SolverLoop
 from torchdeq.solver.coupling import couples_samples
 from torchdeq.solver.maps import AffineMap
+from torchdeq.solver.products import Weighted
 from torchdeq.solver.together import Whole, spread, warn_of_coupling
 
 
@@ -82,10 +83,8 @@ def _solve(
     # What is further below the largest than this cannot be told from nothing in products that see both.
     size = torch.where(size != 0, size, largest).maximum(largest * torch.finfo(g.dtype).tiny ** 0.5)[:, None]
     unit = g / size  # (B, D); a NaN stays one
-    weight = size / largest  # (B, 1); products with Jᵀ are made at the scale of 1, whatever the loss's scale
-
-    def linear(u: Tensor) -> Tensor:
-        return vjp(u * weight) / weight
+    weight = size / largest  # (B, 1)
+    linear = Weighted(vjp, weight)
 
     def precondition(p: Tensor) -> Tensor:
         assert preconditioner is not None

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from torchdeq._modes import join_dual, split_dual, without_tangents
 from torchdeq._replay import AutocastState, RandomState
-from torchdeq._state import Layout, Map, per_sample
+from torchdeq._state import FlatMap, Layout, Map, per_sample
 from torchdeq.grad.adjoint import solve_adjoint
 from torchdeq.grad.base import OnBackward
 from torchdeq.solver.base import SolverLoop
+from torchdeq.solver.products import Product
 from torchdeq.solver.split_system import SplitSystems
 
 
@@ -75,6 +76,9 @@ class Inverse:
                 again = self.f(at)
             self._check_same(fz.detach(), again.detach())
             product = vjp_of(again, at) if transposed else jvp_of(again, at)
+            flat = getattr(self.f, "__self__", None)
+            if transposed and isinstance(flat, FlatMap):
+                product = Product(product, flat, z.detach(), self.amp)
             with torch.no_grad():
                 clip = self.clip if transposed else None
                 solver = self.solver

@@ -247,6 +247,11 @@ class AffineSolver(Solver):
         size = least = start
         best = torch.zeros_like(r)
         trace: list[Tensor] = []
+        search = getattr(operator.linear.f, "search", None)  # products that are made in a compiled graph
+        if search is not None and operator.preconditioner is None:
+            found, trace = search(self, operator.linear, unit, start, active, limit, until)
+            best = torch.where((found.steps > 0)[:, None], self.correction(found.state, found.steps), 0.0)
+            return _Space(best * start[:, None], found.size, found.failed, found.active, found.steps, trace)
         state = self.first(unit)
         calls = operator.linear
         flag = StopFlag(late=r.device.type != "cpu")

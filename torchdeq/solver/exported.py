@@ -1,8 +1,8 @@
 """A solve as a part of a graph, for `torch.export`: the loop is a `while_loop`, and the host reads nothing.
 
-    while some sample is active and k < max_iter:    carry ← advance(carry)
+    while some sample is active and k < max_iter:    carry ← turn(carry)
 
-`torchdeq.solver.traced` has `advance`. So the evaluations are those of the loop of `torchdeq.solver.base`. What that
+`torchdeq.solver.traced` has `turn`. So the evaluations are those of the loop of `torchdeq.solver.base`. What that
 loop does by looking at numbers and choosing in Python is left out: it leaves no finished samples out of the batch
 (`compact`), asks after every evaluation whether to stop (`check_every`), and does not solve again with the batch as one
 sample where f turns out to couple the samples. Autograd's derivative of a `while_loop` is not to be relied on, so none
@@ -28,7 +28,7 @@ from torchdeq.solution import Solution
 from torchdeq.solver.base import SolverLoop, checked_record
 from torchdeq.solver.graph_map import GraphMap
 from torchdeq.solver.registry import SOLVERS
-from torchdeq.solver.traced import Carry, advance, begin, goes_on
+from torchdeq.solver.traced import Carry, begin, goes_on, turn
 from torchdeq.solver.watch import Iterate, Samples, leaf_max
 
 
@@ -139,18 +139,18 @@ def _looped(
     def more(*tensors: Tensor) -> Tensor:
         return goes_on(whole(tensors)[0], solver.max_iter)
 
-    def turn(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def one(*tensors: Tensor) -> tuple[Tensor, ...]:
         now, states = whole(tensors)
         # A step writes into its histories; a graph must not write into what it is given.
         own = now._replace(state=optree.tree_map(torch.clone, now.state))
-        after: Any = advance(solver, map_, own, solver.max_iter, f.resolution)
+        after: Any = turn(solver, map_, own, f.resolution)
         states = [
             torch.where(after.k == r, after.known.best.z, z) for r, z in zip(record, states, strict=True)
         ]
         out: Any = (after, states)
         return _apart(tensors, optree.tree_leaves(out))
 
-    end, states = whole(while_loop(more, turn, tuple(leaf.contiguous() for leaf in leaves)))
+    end, states = whole(while_loop(more, one, tuple(leaf.contiguous() for leaf in leaves)))
     return end.known, end.k, states
 
 

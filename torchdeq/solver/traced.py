@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 
@@ -56,18 +55,24 @@ def begin(solver: SolverLoop, z0: Tensor, f: Tally, steps: int) -> Carry:
 
     known = Samples.of(unknown())._replace(single=unknown(), now=unknown())
     own: dict[str, Any] = {name: t.clone() for name, t in known._asdict().items() if isinstance(t, Tensor)}
-    state = optree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, state, namespace="torchdeq")
-    return Carry(z, state, known._replace(**own), torch.zeros((), dtype=torch.int64, device=z.device))
+    return Carry(z, _apart(state), known._replace(**own), torch.zeros((), dtype=torch.int64, device=z.device))
 
 
-def advance(solver: SolverLoop, f: Tally, carry: Carry, limit: Tensor | int, resolution: float) -> Carry:
+def _apart(state: Any) -> Any:
+    """The state, each of its tensors by itself."""
+    if isinstance(state, tuple):
+        parts = [_apart(part) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state.clone() if isinstance(state, Tensor) else state
+
+
+def turn(solver: SolverLoop, f: Tally, carry: Carry, resolution: float) -> Carry:
     """One turn: evaluate, measure, sort out, step.
 
     Arguments:
         solver: see `begin`.
         f: the map.
         carry: what is known. The histories in its state may be written to.
-        limit: after so many evaluations nothing changes any more.
         resolution: ε of the narrowest dtype that f computes in.
     """
     z, state, before, k = carry
@@ -77,14 +82,19 @@ def advance(solver: SolverLoop, f: Tally, carry: Carry, limit: Tensor | int, res
     if solver.recovers:
         z, fz, state = solver.rescue(z, fz, state, known.struck, known.strikes)
     z_next, state = solver.step(f, z, fz, state)
-    z_next = held(known, z_next, z)
-    more = k < limit
-    pairs: list[tuple[Any, Any]] = list(zip(known, before, strict=True))
+    return Carry(held(known, z_next, z), state, known, k + 1)
+
+
+def advance(solver: SolverLoop, f: Tally, carry: Carry, limit: Tensor | int, resolution: float) -> Carry:
+    """A turn that changes nothing once `limit` evaluations were made, for those that are written out one by one."""
+    after = turn(solver, f, carry, resolution)
+    more = carry.k < limit
+    pairs: list[tuple[Any, Any]] = list(zip(after.known, carry.known, strict=True))
     kept: list[Any] = [
         new.where(more, old) if isinstance(new, Iterate) else torch.where(more, new, old)
         for new, old in pairs
     ]
-    return Carry(z_next, state, Samples(*kept), torch.where(more, k + 1, k))
+    return after._replace(known=Samples(*kept), k=torch.where(more, after.k, carry.k))
 
 
 def goes_on(carry: Carry, limit: Tensor | int) -> Tensor:
