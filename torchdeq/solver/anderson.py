@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchdeq._state import Map
 from torchdeq.solver.maps import Tally, residual_of
-from torchdeq.solver.secant import SMALL, Entries, SecantSolver, SecantState, against, with_room
+from torchdeq.solver.secant import Entries, SecantSolver, SecantState, against, is_small, with_room
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -90,30 +90,24 @@ class Anderson(SecantSolver):
         """Only type I multiplies with differences of z."""
         return self.type == 1
 
+    @property
+    def positive(self) -> bool:  # type: ignore[override]
+        """K is Y Yᵀ + λ I for type II."""
+        return self.type == 2
+
     def step(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
         """The step, by the quick way where every residual has clearly fallen."""
-        if isinstance(f, Tally) and f.fell and self._is_usual(z, state):
+        if isinstance(f, Tally) and f.fell and self.type == 2 and self.is_usual(z, state):
             z_next, after = self._quick_step(f, z, fz, state)
             if z_next is not None:
                 return z_next, after
         return super().step(f, z, fz, state)
 
-    def _is_usual(self, z: Tensor, state: SecantState) -> bool:
-        """Whether the quick way is open: to type II, with all differences so far in use, and nothing recorded."""
-        return (
-            self.type == 2
-            and isinstance(state.pairs, int)
-            and state.pairs >= 0
-            and state.valid is None
-            and state.skip is None
-            and state.v.shape[2] == z.shape[1]
-            and not torch.is_grad_enabled()
-        )
-
     def _quick_step(
         self, f: Tally, z: Tensor, fz: Tensor, state: SecantState
     ) -> tuple[Tensor | None, SecantState]:
-        """What `SecantSolver.step` does where no difference is void and no residual has grown, in half the operations.
+        """What `SecantSolver.step` does where no difference is void and no residual has grown, to the last bit, in half
+        the operations.
 
         Written into the histories at once; by views that are made once; and by Cholesky's method. None if K, rounded,
         is not positive definite.
@@ -190,7 +184,7 @@ class Views:
         self.solution = torch.empty_like(self.right)
         self.b, self.found = self.right[:, :n].mT, self.solution[:, :n].mT  # (B, 1, n)
         # Two rows, of which one is zero, where one is so small that torch would make the product without BLAS.
-        self.small = v.new_empty(batch, 2, d) if n * d < SMALL <= 2 * n * d else None
+        self.small = v.new_empty(batch, 2, d) if is_small(self.u) else None
         self.twice = v.new_zeros(batch, 2, n)
         self.gamma = self.twice[:, :1]
 

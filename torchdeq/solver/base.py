@@ -275,8 +275,8 @@ class SolverLoop:
                 None if now.size.dim() == 2 else now.size,
                 reads=not watch.flag.late and self.check_every == 1,
                 closer=watch.clean and self.stop_mode == "abs",
+                changed=watch.changed,
                 fell=watch.fell,
-                steady=watch.steady,
             )
             z_next, state = self.step(f, z, fz, state)
             z = watch.hold(z_next, z)

@@ -86,6 +86,10 @@ class Broyden(SecantSolver):
         (row,) = against(u, s)
         return Entries(row[:, None], column[:, None], None, b)
 
+    def is_usual(self, z: Tensor, state: SecantState) -> bool:
+        """With the line search, differences need not be those to the last evaluation."""
+        return not self.ls and super().is_usual(z, state)
+
     def begin(self, z: Tensor) -> Trial | None:
         """The line search has not tried anything."""
         return Trial(torch.zeros_like(z), z.new_ones(z.shape[0])) if self.ls else None

@@ -62,9 +62,8 @@ class Tally:
         self.learned: Learned | None = None  # what the solve learns of (I − J)⁻¹, if that is wanted
         #: Whether the host may read values on the way, and whether it knows that no residual has grown in this one.
         self.reads = self.closer = False
-        #: Whether every residual has clearly fallen just now; and whether all steps until now were taken, by all
-        #: samples, far from rounding.
-        self.fell = self.steady = False
+        #: Whether the norm of every residual has clearly changed just now; and whether each has become smaller.
+        self.changed = self.fell = False
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # z, f(z), and f(z) − z
         self._size: Tensor | None = None  # (B,), the norm of the last of them
 
@@ -103,7 +102,7 @@ class Tally:
         return fz - z
 
     def note(
-        self, size: Tensor | None, *, reads: bool, closer: bool, fell: bool = False, steady: bool = False
+        self, size: Tensor | None, *, reads: bool, closer: bool, changed: bool = False, fell: bool = False
     ) -> None:
         """Remember for the step that follows what the loop has found out.
 
@@ -111,10 +110,10 @@ class Tally:
             size: the norm of the residual, (B,), if it is known.
             reads: whether the host may read values.
             closer: whether no residual has grown.
-            fell: whether each has clearly fallen.
-            steady: whether all samples have taken all steps until now, and none is near rounding.
+            changed: whether the norm of each has clearly changed.
+            fell: whether each has become clearly smaller.
         """
-        self._size, self.reads, self.closer, self.fell, self.steady = size, reads, closer, fell, steady
+        self._size, self.reads, self.closer, self.changed, self.fell = size, reads, closer, changed, fell
 
     def forget(self) -> None:
         """Let go of the states of the last call, before the next one takes memory."""

@@ -120,6 +120,8 @@ class SecantSolver(Solver):
     keeps_y: ClassVar[bool] = True
     #: Whether `entries` needs s.
     needs_s: ClassVar[bool] = True
+    #: Whether K is symmetric and positive definite, but for rounding.
+    positive: ClassVar[bool] = False
     #: A residual that grows by more than this factor empties the sample's history, and its step is half of Picard's.
     growth: ClassVar[float] = math.inf
     #: τ, which `Anderson` makes a field.
@@ -198,22 +200,7 @@ class SecantSolver(Solver):
         else:
             n, slot = state.v.shape[1], state.pairs.clamp_min(0) % depth
 
-        s, y = z - state.z, r - state.r
-        length = rough_norm(y) if reads(f) else per_sample(y)
-        # A difference that is nothing but rounding, or that a rescue has spoilt, says nothing.
-        info = torch.finfo(z.dtype)
-        void = length <= (info.eps * size).clamp_min_(info.tiny)
-        if state.skip is not None:
-            void = void | (state.skip > 0)
-            state = state._replace(skip=(state.skip - 1).clamp_min(0))
-        if isinstance(state.pairs, Tensor):
-            void = void | (state.pairs < 0)
-        weight = length.reciprocal().masked_fill_(void, 0.0)[:, None]
-        y = y * weight
-        s = s * weight
-        _put(state.v, slot, y if self.keeps_y else s)
-        _put(state.u, slot, torch.add(s, y, alpha=self.tau))
-
+        s, y, void, state = self._pair(f, z, r, size, state, slot)
         v, u = (state.v, state.u) if n == state.v.shape[1] else (state.v[:, :n], state.u[:, :n])
         entries = self.entries(v, u, s, y, r)
         _put_entries(state.k, slot, n, entries, void)
@@ -229,9 +216,48 @@ class SecantSolver(Solver):
                 grew = self._grew(size, state)[:, None]
                 step = torch.where(grew, torch.add(z, r, alpha=self.tau / 2), step)
             k, b = _of_valid(k, valid[:, :n]), torch.where(valid[:, :n], b, 0.0)
-        gamma = solve_small(k, b, reads=reads(f))
+        gamma = solve_small(k, b, reads=reads(f), positive=self.positive)
         z_next = minus(step, gamma, u)
         return z_next, state._replace(z=z, r=r, size=size, more=more, pairs=state.pairs + 1, valid=valid)
+
+    def _pair(
+        self, f: Map, z: Tensor, r: Tensor, size: Tensor, state: SecantState, slot: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, SecantState]:
+        """The newest differences s and y, both divided by ‖y‖ and in the histories; and for whom they are void."""
+        if isinstance(f, Tally) and f.changed and self.is_usual(z, state):  # nobody; the same with less work
+            own = state.v[:, slot]
+            s = torch.sub(z, state.z, out=None if self.keeps_y else own)
+            y = torch.sub(r, state.r, out=own if self.keeps_y else None)
+            weight = torch.linalg.vector_norm(y, dim=1, keepdim=True).reciprocal_()
+            torch.add(s, y, alpha=self.tau, out=state.u[:, slot]).mul_(weight)
+            return s.mul_(weight) if self.needs_s else s, y.mul_(weight), None, state
+        s, y = z - state.z, r - state.r
+        length = rough_norm(y) if reads(f) else per_sample(y)
+        # A difference that is nothing but rounding, or that a rescue has spoilt, says nothing.
+        info = torch.finfo(z.dtype)
+        void = length <= (info.eps * size).clamp_min_(info.tiny)
+        if state.skip is not None:
+            void = void | (state.skip > 0)
+            state = state._replace(skip=(state.skip - 1).clamp_min(0))
+        if isinstance(state.pairs, Tensor):
+            void = void | (state.pairs < 0)
+        weight = length.reciprocal().masked_fill_(void, 0.0)[:, None]
+        u = torch.add(s, y, alpha=self.tau) * weight
+        s, y = s * weight, y * weight
+        _put(state.v, slot, y if self.keeps_y else s)
+        _put(state.u, slot, u)
+        return s, y, void, state
+
+    def is_usual(self, z: Tensor, state: SecantState) -> bool:
+        """Whether all differences so far are in use, and nothing is recorded: then quicker ways may do."""
+        return (
+            isinstance(state.pairs, int)
+            and state.pairs >= 0
+            and state.valid is None
+            and state.skip is None
+            and state.v.shape[2] == z.shape[1]
+            and not torch.is_grad_enabled()
+        )
 
     def _depth(self, d: int) -> int:
         """More differences than that say nothing new about d unknowns."""
@@ -306,7 +332,7 @@ def _of_valid(k: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid[:, :, None] & valid[:, None], k, eye)
 
 
-def solve_small(k: Tensor, b: Tensor, *, reads: bool = False) -> Tensor:
+def solve_small(k: Tensor, b: Tensor, *, reads: bool = False, positive: bool = False) -> Tensor:
     """γ with K γ = b, (B, n); 0 for a sample whose K is singular: a Picard step.
 
     In float64, where the device has it: K is ill-conditioned after some tens of steps, and costs next to nothing.
@@ -315,6 +341,8 @@ def solve_small(k: Tensor, b: Tensor, *, reads: bool = False) -> Tensor:
         k: K, (B, N, N), the identity beyond n.
         b: (B, n).
         reads: whether the host may look if any sample is singular, rather than do what is then to be done in any case.
+        positive: whether K is symmetric and positive definite, but for rounding. On a CPU Cholesky's method takes less
+            than half the time.
     """
     n, dtype = b.shape[1], b.dtype
     k = k.to(precise(b))
@@ -327,7 +355,15 @@ def solve_small(k: Tensor, b: Tensor, *, reads: bool = False) -> Tensor:
         b = padded
     else:
         b = b.to(k.dtype)
-    gamma, _ = torch.linalg.solve_ex(k, b)  # does not raise on a singular sample, which gets inf or NaN
+    done: Tensor | bool = False
+    if positive and k.device.type == "cpu":
+        factor, info = torch.linalg.cholesky_ex(k)
+        first = torch.cholesky_solve(b[:, :, None], factor)[:, :, 0]
+        done = True if reads and not any(info.tolist()) else info == 0
+    if done is not True:
+        gamma, _ = torch.linalg.solve_ex(k, b)  # does not raise on a singular sample, which gets inf or NaN
+    if done is not False:
+        gamma = first if done is True else torch.where(done[:, None], first, gamma)
     if not (reads and math.isfinite(float(gamma.sum()))):
         broken = (gamma * 0).sum(dim=1, keepdim=True) != 0
         gamma = gamma.masked_fill(broken, 0.0)
@@ -341,21 +377,37 @@ def precise(like: Tensor) -> torch.dtype:
 
 
 def against(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """The inner products of the rows of a history (B, n, D) with vectors (B, D), (B, n) each. One pass for all."""
-    new = torch.stack(vectors, dim=1) if len(vectors) > 1 else vectors[0][:, None]
-    if extra := history.shape[2] - new.shape[2]:
-        new = torch.nn.functional.pad(new, (0, extra))
-    # The vectors in front: as columns behind they take up to three times as long on a CPU.
-    return torch.bmm(new, history.transpose(1, 2)).unbind(1)  # not .mT, which a loop of a graph cannot have
+    """The inner products of the rows of a history (B, n, D) with vectors (B, D), (B, n) each."""
+    # The vectors in front: as columns behind they take up to three times as long on a CPU. Not .mT, which a loop of a
+    # graph cannot have. One pass for all, but on a CPU, where to put them into one tensor takes longer.
+    across = history.transpose(1, 2)
+    rows = [padded(vector, history)[:, None] for vector in vectors]
+    if history.device.type == "cpu" and not torch.compiler.is_compiling():
+        return tuple(torch.bmm(row, across)[:, 0] for row in rows)
+    return torch.bmm(torch.cat(rows, dim=1), across).unbind(1)
+
+
+def padded(vector: Tensor, history: Tensor) -> Tensor:
+    """The vector (B, D) as wide as a row of the history."""
+    extra = history.shape[2] - vector.shape[1]
+    return torch.nn.functional.pad(vector, (0, extra)) if extra else vector
 
 
 def minus(step: Tensor, gamma: Tensor, u: Tensor) -> Tensor:
-    """step − Uᵀγ, (B, D)."""
-    if u.device.type == "cpu" and u.shape[1] * u.shape[2] < SMALL:
-        return step - (gamma[:, :, None] * u).sum(dim=1)[:, : step.shape[1]]
-    if u.shape[2] == step.shape[1]:
-        return torch.baddbmm(step[:, None], gamma[:, None], u, alpha=-1)[:, 0]
-    return step - torch.bmm(gamma[:, None], u)[:, 0, : step.shape[1]]
+    """step − Uᵀγ, (B, D), perhaps in the memory of step."""
+    d = step.shape[1]
+    if is_small(u):  # two rows, of which one is zero, for the sake of BLAS
+        return step - torch.bmm(torch.nn.functional.pad(gamma[:, None], (0, 0, 0, 1)), u)[:, 0, :d]
+    if u.shape[2] == d:
+        step[:, None].baddbmm_(gamma[:, None], u, alpha=-1)
+        return step
+    return step - torch.bmm(gamma[:, None], u)[:, 0, :d]
+
+
+def is_small(u: Tensor) -> bool:
+    """Whether a product of one row with a history (B, n, D) is made without BLAS, and of two rows with it."""
+    n, d = u.shape[1:]
+    return u.device.type == "cpu" and n * d < SMALL <= 2 * n * d
 
 
 def reads(f: Map) -> bool:
@@ -373,11 +425,11 @@ def _put(history: Tensor, slot: int | Tensor, row: Tensor) -> None:
     history.index_copy_(1, slot, row[:, None])
 
 
-def _put_entries(k: Tensor, slot: int | Tensor, n: int, entries: Entries, void: Tensor) -> None:
+def _put_entries(k: Tensor, slot: int | Tensor, n: int, entries: Entries, void: Tensor | None) -> None:
     """Write a row and a column into K (B, matrices, N, N). A void pair's are 0, and 1 where they meet."""
     row, column, corner, _ = entries
     if isinstance(slot, int):
-        if corner is None:
+        if corner is None and void is not None:
             column = column.clone()
             column[:, :, slot].masked_fill_(void[:, None], 1.0)
         k[:, :, slot, :n] = row
@@ -389,6 +441,7 @@ def _put_entries(k: Tensor, slot: int | Tensor, n: int, entries: Entries, void: 
         row, column = (torch.nn.functional.pad(part, (0, extra)) for part in (row, column))
     row, column = row.to(k.dtype), column.to(k.dtype)
     here = torch.arange(k.shape[3], device=k.device) == slot  # (N,)
+    assert void is not None
     column = (
         torch.where(here & void[:, None, None], 1.0, column)
         if corner is None

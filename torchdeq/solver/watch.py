@@ -176,14 +176,16 @@ class Glance(NamedTuple):
         """Whether they are finite, and all of them above this."""
         return self.finite and min(self.size) > least and min(self.scale) > least
 
-    def beyond(self, level: float) -> bool:
-        """Whether all relative residuals are above this."""
-        return all(map(operator.lt, [level * scale for scale in self.scale], self.size))
-
     def fell(self, before: Glance) -> bool:
-        """Whether every residual is clearly smaller than before, and its square no problem."""
+        """Whether every residual is clearly smaller than before."""
         lower = [(1 - _CLEARLY) * size for size in before.size]
-        return min(self.size) > _TOO_SMALL / _CLEARLY and all(map(operator.lt, self.size, lower))
+        return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.lt, self.size, lower))
+
+    def changed(self, before: Glance) -> bool:
+        """Whether the norm of every residual clearly is another. So the difference of the two is not rounding."""
+        change = map(abs, map(operator.sub, self.size, before.size))
+        least = [_CLEARLY * size for size in self.size]
+        return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.gt, change, least))
 
 
 class Watch:
@@ -210,8 +212,8 @@ class Watch:
         self.knows = True  # whether it has heard of all that happened
         self.clean = False  # whether the last evaluation was the best of every sample
         self.glance: Glance | None = None  # at the last evaluation, if it was for all and may be asked for
-        self.fell = False  # whether at the last evaluation every residual was clearly smaller than before
-        self.steady = True  # whether all have taken part until now, far from rounding
+        self.changed = False  # whether at the last evaluation the norm of every residual had clearly changed
+        self.fell = False  # and become smaller
 
     @property
     def now(self) -> Iterate:
@@ -252,9 +254,11 @@ class Watch:
         elif reads and again is not None and not _is_safe(now):
             now = again()
         glance = self.glance
-        self.fell = glance is not None and before is not None and glance.fell(before)
-        self.steady = self.steady and glance is not None and glance.finite and glance.beyond(self.level)
-        self.clean = reads and not self.coupled and self._came_closer(now, before)
+        self.changed = self.fell = False
+        if glance is not None and before is not None:
+            self.fell = glance.fell(before)
+            self.changed = self.fell or glance.changed(before)
+        self.clean = reads and not self.coupled and self._came_closer(now, before if self.clean else None)
         if self.clean:
             self._arrive(now, k)
             return
@@ -278,8 +282,6 @@ class Watch:
         if not self.flag.late:  # what is late may be out of date
             self.all_active, self.all_sound = self.count == len(out), unsound == 0
             self.struck = self.struck if struck else None
-        self.steady = self.steady and self.all_active
-        self.glance = None  # the last one need not be the best
 
     def rows(self, index: Tensor) -> Watch:
         """The watch of some of the samples, as it stands."""
@@ -290,7 +292,7 @@ class Watch:
         part.samples = Samples(*parts)
         part.struck = None if self.struck is None else self.struck[index]
         part.all_active, part.count = True, len(index)
-        part.glance, part.fell, part.steady = None, False, False
+        part.glance, part.changed, part.fell = None, False, False
         return part
 
     def _came_closer(self, now: Iterate, before: Glance | None) -> bool:
@@ -319,7 +321,6 @@ class Watch:
             known = known._replace(nstep=torch.where(known.active, k, known.nstep), active=goes_on)
             self.count = int(goes_on.sum())
             self.done, self.all_active = self.count == 0, self.count == len(goes_on)
-            self.steady = self.steady and self.all_active
         self.samples = known
 
     def _least(self, now: Iterate) -> float:
