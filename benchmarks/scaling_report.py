@@ -151,6 +151,8 @@ def write_report(path: Path, results: Mapping[str, Any]) -> str:
         "",
         "![Overhead by size](scaling.png)",
         "",
+        "Dots are measured, hollow where the time of the layer is extrapolated; lines are the models below.",
+        "",
         "## The model",
         "",
         "Of the time that a solve of K evaluations takes beyond f, per evaluation: the sum of the terms in the head,",

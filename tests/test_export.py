@@ -186,7 +186,11 @@ def test_ahead_of_time_compiled_program_does_what_the_model_does(tmp_path: Any) 
     except Exception as error:
         pytest.skip(f"AOTInductor needs a C++ compiler: {error}")
     cell, deq, program = cell_and_program(1)
-    path = aoti_compile_and_package(program, package_path=str(tmp_path / "cell.pt2"))
+    # Without optimising the code around the kernels, which takes the C++ compiler long.
+    options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    path = aoti_compile_and_package(
+        program, package_path=str(tmp_path / "cell.pt2"), inductor_configs=options
+    )
     run = aoti_load_package(path)
     z0, x = torch.zeros(6, 5), uneven(6, 5)
     z, info = run(z0, x)
