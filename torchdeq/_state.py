@@ -54,7 +54,7 @@ class Layout:
     dtype: torch.dtype
     depth: int
 
-    @functools.cached_property
+    @property  # not a cached one, which a graph cannot hold
     def plain(self) -> torch.Size | None:
         """The shape of a state that is one real tensor in the dtype of the solver, and only viewed; otherwise None."""
         return self.shapes[0] if self.spec.is_leaf() and self.dtypes[0] == self.dtype else None
@@ -316,8 +316,9 @@ def per_sample(z: Tensor) -> Tensor:
     """
     if z.dtype == torch.float64:
         return torch.linalg.vector_norm(z, dim=1)
-    if torch.compiler.is_compiling():  # fused, two passes in float32 cost less than conversions
-        return _scaled_norm(z)
+    if torch.compiler.is_compiling():  # one loop, fused with what made z; on a GPU conversions cost more
+        on_cpu = z.device.type == "cpu"
+        return z.double().square().sum(dim=1).sqrt().to(z.dtype) if on_cpu else _scaled_norm(z)
     return torch.linalg.vector_norm(z, dim=1, dtype=torch.float64).to(z.dtype)
 
 

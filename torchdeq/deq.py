@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import optree
 import torch
@@ -16,6 +16,7 @@ from torchdeq._method import Method
 from torchdeq._modes import in_dual_level, one_batch, refuse_transforms
 from torchdeq._replay import RandomState
 from torchdeq._state import Tree, layout_of
+from torchdeq.fixed_count import check_fixed, solve_fixed
 from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.reversible import Reversible
@@ -53,10 +54,14 @@ class DEQ(nn.Module):
         modules: the modules, one or several, whose buffers f changes in training mode. None: those that f is seen
             to be made of: f itself, what it is a method of, what a closure or a `functools.partial` holds, the
             globals it names. Name them if f reaches them in another way.
-        compile: solve by `torch.compile`, the forward solve and that of `IFT`, each with f as one graph; or a mapping
-            of options of `torch.compile`, such as {"backend": "aot_eager"}. The same results to rounding, in less time
-            where f is small; the first call takes long. For f that torch can capture, the solvers
-            FixedPointIteration, Anderson, Broyden and Multisecant, and GMRES in `IFT`. See `compile`.
+        compile: True: solve by `torch.compile`, the forward solve and that of `IFT`, each with f as one graph; or a
+            mapping of options of `torch.compile`, such as {"backend": "aot_eager"}. The same results to rounding, in
+            less time where f is small; the first call takes long. For f that torch can capture, the solvers
+            FixedPointIteration, Anderson, Broyden and Multisecant, and GMRES in `IFT`. See `compile`. 'fixed': make all
+            `max_iter` evaluations of the forward solver, and of that in `IFT`, and read nothing on the way. Then a
+            function with this module in it, a whole training step, is one graph for your own
+            `torch.compile(step, fullgraph=True)`, and one CUDA graph. What is returned is the last evaluation's f(z);
+            nobody is warned; f must not change buffers; IFT without `clip`, of order 1, JFB or PhantomGrad.
         hold_noise: draw the random numbers in f, such as the masks of `torch.nn.Dropout`, once for a solve. False:
             f is taken to draw none, or to keep what it drew.
 
@@ -103,7 +108,7 @@ class DEQ(nn.Module):
         throw: bool = False,
         on_backward: OnBackward | None = None,
         modules: nn.Module | Sequence[nn.Module] | None = None,
-        compile: bool | Mapping[str, Any] = False,
+        compile: bool | Literal["fixed"] | Mapping[str, Any] = False,
         hold_noise: bool = False,
     ):
         super().__init__()
@@ -133,7 +138,12 @@ class DEQ(nn.Module):
         self.stateful = None if stateful is None else tuple(stateful)
         self.hold_noise = hold_noise
         self._graphs: Graphs | None = None
-        if compile is not False:
+        self._fixed = compile == "fixed"
+        if self._fixed:
+            self._check_fixed()
+        elif isinstance(compile, str):
+            raise ValueError(f"compile is False, True, 'fixed', or options of torch.compile, got {compile!r}")
+        elif compile is not False:
             self.compile(**({} if compile is True else compile))
         self.last_noise: RandomState | None = None  # that the last solve held, for looking at f as it was
         # Solvers that learn are submodules, also those inside a chain or a gradient method.
@@ -161,6 +171,9 @@ class DEQ(nn.Module):
         solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
         if torch.compiler.is_exporting():
             return self._exported(f, z0, solver.replace(**overrides))
+        if self._fixed:
+            (method,) = methods_for(self.grad, ())
+            return solve_fixed(f, z0, solver.replace(**overrides), method, batch_dims=self.batch_dims)
         if self.hold_noise:
             layout_of(z0, self.batch_dims)  # which checks that there is a device to ask
             self.last_noise = RandomState.capture(optree.tree_leaves(z0)[0].device)
@@ -222,6 +235,17 @@ class DEQ(nn.Module):
             )  # so that what cannot be raises here
         self._graphs = graphs
 
+    def _check_fixed(self) -> None:
+        """Raise if a fixed count cannot be kept to."""
+        for name in ("record", "throw", "on_backward", "hold_noise"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"DEQ({name}={getattr(self, name)!r}) looks at a solve, or holds what it draws, which one of a "
+                    f"fixed count does not allow. Use compile=True, or False."
+                )
+        for solver in (self.solver, self.eval_solver or self.solver):
+            check_fixed(solver, methods_for(self.grad, ())[-1])
+
     def _exported(self, f: Callable[[Tree], Tree], z0: Tree, solver: SolverLoop) -> tuple[Tree, Solution]:
         """`forward` as a part of the graph that `torch.export` makes: inference, see `torchdeq.export`."""
         if self.training:
@@ -261,6 +285,8 @@ class DEQ(nn.Module):
             )
             if getattr(self, name) != default
         ]
+        if self._fixed:
+            options.append("compile='fixed'")
         if self._graphs is not None:
             options.append(f"compile={self._graphs.options or True!r}")
         if self.stateful is not None:  # by their class: one of them may hold this module

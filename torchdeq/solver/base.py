@@ -182,6 +182,7 @@ class SolverLoop:
         layout: Layout | None,
         together: bool,
         learned: Learned | None,
+        loop: Callable[[Tally, Tensor | None, Sequence[int]], Solution] | None = None,
     ) -> Solution:
         record = checked_record(record, self.max_iter)
         if self.compact and isinstance(f, AffineMap):
@@ -193,7 +194,7 @@ class SolverLoop:
         tally = Tally(f, AutocastState.capture(start.device), self.max_iter, layout or layout_of_map(f))
         tally.learned = learned
         with tally.amp.off():
-            solution = self._loop(tally, z0, record)
+            solution = (loop or self._loop)(tally, z0, record)
             if together and self.separate and self._suspects(solution):
                 # A sample at rest that moved has been pushed, unless f is random.
                 coupled = mixes_samples(tally, solution.z) or (
@@ -328,7 +329,9 @@ class SolverLoop:
         known = watch.samples
         now, best = known.now, known.best
         if not watch.done:
-            known = known._replace(nstep=torch.where(known.active, k, known.nstep))
+            every = watch.clean and watch.all_active
+            nstep = torch.full_like(known.nstep, k) if every else torch.where(known.active, k, known.nstep)
+            known = known._replace(nstep=nstep)
         watch.samples = known
         if watch.clean:
             return now
@@ -420,7 +423,7 @@ class SolverLoop:
         known = watch.samples
         return self._solution(
             final,
-            known.failed,
+            None if watch.clean and watch.all_sound else known.failed,
             known.nstep,
             nfe,
             sizes,
@@ -432,7 +435,7 @@ class SolverLoop:
     def _solution(
         self,
         final: Iterate,
-        failed: Tensor,
+        failed: Tensor | None,
         nstep: Tensor,
         nfe: int,
         sizes: list[tuple[Tensor, Tensor]],
@@ -444,30 +447,37 @@ class SolverLoop:
     ) -> Solution:
         """The account of a solve, from its final iterate and the norms (residual, scale) along the way.
 
-        `short_of` is the status of samples that are finite, above the tolerance and not `stalled`.
+        `short_of` is the status of samples that are finite, above the tolerance and not `stalled`. Nobody has `failed`
+        where that is None.
         """
-        met = (final.measure <= self.tol) & ~failed
         status = torch.full_like(nstep, short_of)
         if stalled is not None:
             status = status.masked_fill(stalled, Status.STALLED)
-        status = status.masked_fill(met, Status.CONVERGED).masked_fill(failed, Status.NON_FINITE)
+        status = status.masked_fill(final.measure <= self.tol, Status.CONVERGED)
+        if failed is not None:
+            status = status.masked_fill(failed, Status.NON_FINITE)
         size = torch.stack([size for size, _ in sizes])  # (N, B), or (N, B, leaves)
         scale = torch.stack([scale for _, scale in sizes])
         rel_size = relative(size, scale)
-        rel_final = relative(final.size, final.scale)
         if size.dim() == 3:
             size, rel_size = size.amax(dim=2), rel_size.amax(dim=2)
+        traces = _no_nan(torch.stack((size, rel_size)))
+        if final.size is sizes[-1][0]:
+            residuals = traces[:, -1].clone()
+        else:
+            rel_final = relative(final.size, final.scale)
+            residuals = _no_nan(torch.stack((leaf_max(final.size), leaf_max(rel_final))))
         return Solution(
             z=final.z,
-            abs_residual=_no_nan(leaf_max(final.size)),
-            rel_residual=_no_nan(leaf_max(rel_final)),
+            abs_residual=residuals[0],
+            rel_residual=residuals[1],
             stop_mode=self.stop_mode,
             tol=self.tol,
             status=status,
             nstep=nstep,
             nfe=nfe,
-            abs_trace=_no_nan(size),
-            rel_trace=_no_nan(rel_size),
+            abs_trace=traces[0],
+            rel_trace=traces[1],
             states=[final.z if s is None else s for s in states],
             coupled=coupled,
         )
@@ -583,6 +593,8 @@ def layout_of_map(f: Map) -> Layout | None:
 
 def unravel_solution(solution: Solution, layout: Layout) -> Solution:
     """The solution with z and states in the structure of the layout."""
+    if layout.plain == solution.z.shape and not solution.states:
+        return solution
     return dataclasses.replace(
         solution,
         z=layout.unravel(solution.z),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from torchdeq._held import Held
 from torchdeq._state import FlatMap
 
@@ -78,7 +79,9 @@ class Program:
         self.compiled = self._anew()
 
     def __call__(self, *args: Any) -> Any:
-        from torch._dynamo.exc import FailOnRecompileLimitHit  # not before something is compiled: it takes a second
+        from torch._dynamo.exc import (
+            FailOnRecompileLimitHit,  # not before something is compiled: it takes a second
+        )
 
         try:
             return self.compiled(*args)

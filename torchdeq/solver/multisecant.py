@@ -69,8 +69,8 @@ class Multisecant(SecantSolver):
         """Of Y Yᵀ, and of S Yᵀ + strictly lower part of S Sᵀ; and both Y r and S r."""
         yy, yr = against(v, y, r)
         uy, ur, us = against(u, y, r, s)
-        row, column = torch.stack((yy, us), dim=1), torch.stack((yy, uy - yy), dim=1)  # S = U − Y
-        return Entries(row, column, None, (yr, ur - yr))
+        row, column = torch.cat((yy, us), dim=1), torch.cat((yy, uy - yy), dim=1)  # S = U − Y
+        return Entries(row, column, None, (yr[:, 0], (ur - yr)[:, 0]))
 
     def begin(self, z: Tensor) -> Tensor:
         """Steps since the residual last grew, (B,); −1 before the first."""
@@ -84,6 +84,10 @@ class Multisecant(SecantSolver):
     def of_y(self, more: Tensor) -> Tensor:
         """Where a sample is calm."""
         return more >= _CAUTION
+
+    def ridge(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """That of `model`, for Anderson's matrix."""
+        return default_lam(dtype), 0.0
 
     def model(self, k: Tensor, b: tuple[Tensor, Tensor], more: Tensor) -> tuple[Tensor, Tensor]:
         """Anderson's for a sample that is calm, Broyden's for one that is not."""

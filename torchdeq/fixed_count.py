@@ -1,0 +1,170 @@
+"""A solve of a fixed number of evaluations: plain operations, and nothing that the host would have to read.
+
+    z_{k+1} = step(z_k, f(z_k)),  k = 0 … N − 2;   z* = f(z_{N−1}),  which is differentiated
+    u_{k+1} = step(u_k, Jᵀu_k + g),  k = 0 … M − 1;   dL/dθ = (∂f/∂θ)ᵀ u_M
+
+with N and M the solvers' `max_iter`. There is no stop, no best iterate and no second try. So a function that holds such
+a solve, a whole training step, is one graph for `torch.compile(fullgraph=True)`; and one CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdeq._replay import AutocastState
+from torchdeq._state import Tree, layout_of, per_sample
+from torchdeq.grad.base import GradMethod
+from torchdeq.grad.ift import IFT
+from torchdeq.grad.jfb import JFB
+from torchdeq.grad.phantom import PhantomGrad
+from torchdeq.solution import Solution, Status
+from torchdeq.solver.affine import AffineSolver
+from torchdeq.solver.base import SolverLoop, unravel_solution
+from torchdeq.solver.gmres import GMRES
+from torchdeq.solver.programs import Bound, Seen, Shifted
+from torchdeq.solver.watch import relative
+
+
+def solve_fixed(
+    f: Callable[[Tree], Tree], z0: Tree, solver: SolverLoop, method: GradMethod, *, batch_dims: int = 1
+) -> tuple[Tree, Solution]:
+    """Make `solver.max_iter` evaluations of f, and give the last its derivative.
+
+    Arguments:
+        f, z0, batch_dims: see `DEQ`.
+        solver, method: those that `check_fixed` lets through.
+
+    Returns:
+        f(z) of the last state z, in the structure of z0; and the `Solution`, with the residual of z, which costs no
+        evaluation. Its traces have that one row.
+    """
+    layout = layout_of(z0, batch_dims)
+    start = layout.ravel(z0, source="z0").detach()
+    amp = AutocastState.capture(start.device)
+    seen = Seen(layout, amp)
+    map_: Any = Bound(seen, f)
+    with amp.off():
+        with torch.no_grad():
+            z = _iterated(solver, map_, start, solver.max_iter - 1)
+        fz = map_(z)
+        solution = _told(solver, z, fz.detach())
+        if isinstance(method, IFT):
+            out = _Implicit.apply(fz, z, lambda z, g: _adjoint(method.solver, seen, f, z, g))
+        else:
+            steps = method.steps if isinstance(method, PhantomGrad) else 1
+            tau = method.tau if isinstance(method, PhantomGrad) else 1.0
+            out = torch.lerp(z, fz, tau) if tau != 1 else fz
+            for _ in range(steps - 1):
+                image = map_(out)
+                out = torch.lerp(out, image, tau) if tau != 1 else image
+    return layout.unravel(out), unravel_solution(solution, layout)
+
+
+def check_fixed(solver: SolverLoop, method: GradMethod) -> None:
+    """Raise a TypeError unless a solver and a gradient method make the same operations whatever the numbers are."""
+    if not solver.fixed_shape or solver.compact:
+        raise TypeError(
+            f"{solver!r} does not make the same operations at every step, so it has no fixed count. "
+            f"FixedPointIteration, Anderson, Broyden and Multisecant do. Or use compile=True, or False."
+        )
+    if isinstance(method, IFT):
+        inner = method.solver
+        plain = method.order == 1 and method.clip is None
+        if plain and (isinstance(inner, GMRES) or inner.fixed_shape):
+            return
+    elif isinstance(method, JFB) or (
+        isinstance(method, PhantomGrad) and method.sup_gap == -1 and not method.sup_loc
+    ):
+        return
+    raise TypeError(
+        f"{method!r} has no fixed count. IFT with order=1, without clip, by GMRES, FixedPointIteration, Anderson, "
+        f"Broyden or Multisecant has one, max_iter being the number of products; and so have JFB() and PhantomGrad()."
+    )
+
+
+class _Implicit(torch.autograd.Function):
+    """The identity in f(z); its derivative is that of the fixed point."""
+
+    @staticmethod
+    def forward(ctx: Any, fz: Tensor, z: Tensor, adjoint: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.adjoint = adjoint
+        ctx.save_for_backward(z)
+        return fz.view_as(fz)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (z,) = ctx.saved_tensors
+        return ctx.adjoint(z, g), None, None
+
+
+def _iterated(solver: SolverLoop, f: Any, z: Tensor, steps: int) -> Tensor:
+    """The state after so many steps, each with its evaluation."""
+    state = solver.room(solver.init(z), steps + 1)
+    for _ in range(steps):
+        fz = f(z)
+        z, state = solver.step(f, z, fz, state)
+    return z
+
+
+def _adjoint(solver: SolverLoop, seen: Seen, f: Callable[[Tree], Tree], z: Tensor, g: Tensor) -> Tensor:
+    """u with u = Jᵀ u + g, after `max_iter` products, (B, D). Samples are brought to one scale."""
+    size = g.abs().amax(dim=1)
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+    weight = (size / size.amax())[:, None]
+    map_ = Shifted(seen, f, (z, weight, g / size[:, None]))
+    if isinstance(solver, AffineSolver):
+        u = _searched(solver, map_, map_.b, solver.max_iter)
+    else:
+        u = _iterated(solver, map_, map_.b, solver.max_iter)
+    return u * size[:, None]
+
+
+def _searched(solver: AffineSolver, map_: Shifted, b: Tensor, products: int) -> Tensor:
+    """The best u of a Krylov space of so many products, begun at 0; cycles of a restarted method one by one."""
+    u, r = torch.zeros_like(b), b
+    while products > 0:
+        size = per_sample(r)
+        active = (size > 0) & size.isfinite()
+        count = min(products, solver.cycle or products)
+        state = solver.room(solver.first(torch.where(active[:, None], r / size[:, None], 0.0)), count)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        for _ in range(count):
+            state = state._replace(probe=torch.where(active[:, None], state.probe, 0.0))
+            state, estimate = solver.advance(state.probe - map_.product(state.probe), state)
+            active = active & estimate.isfinite()
+            steps = steps + active
+            active = active & solver.alive(state)
+        found = solver.correction(state, steps) * size[:, None]
+        u = u + torch.where((steps > 0)[:, None], found, 0.0)
+        products -= count
+        if products < 2:  # another cycle begins at the residual, which takes one
+            break
+        r, products = map_(u) - u, products - 1
+    return u
+
+
+def _told(solver: SolverLoop, z: Tensor, fz: Tensor) -> Solution:
+    """The account, from the last evaluation."""
+    size, scale = per_sample(fz - z), per_sample(fz)
+    ratio = relative(size, scale)
+    measure = ratio if solver.stop_mode == "rel" else size
+    status = torch.full_like(size, Status.MAX_ITER, dtype=torch.int64)
+    status = status.masked_fill(measure <= solver.tol, Status.CONVERGED)
+    status = status.masked_fill(~measure.isfinite(), Status.NON_FINITE)
+    return Solution(
+        z=z,
+        abs_residual=size,
+        rel_residual=ratio,
+        stop_mode=solver.stop_mode,
+        tol=solver.tol,
+        status=status,
+        nstep=torch.full_like(status, solver.max_iter),
+        nfe=solver.max_iter,
+        abs_trace=size[None],
+        rel_trace=ratio[None],
+    )
