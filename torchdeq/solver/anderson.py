@@ -150,10 +150,10 @@ class Anderson(SecantSolver):
         if self.type == 2:
             yy, yr = against(v, y, r)
             lam = default_lam(y.dtype) if self.lam is None else self.lam
-            return Entries(yy[:, None], yy[:, None], 1 + lam, yr)
+            return Entries(yy, yy, 1 + lam, yr[:, 0])
         sy, sr, ss = against(v, y, r, s)
         (us,) = against(u, s)
-        return Entries((us - ss)[:, None] / self.tau, sy[:, None], None, sr)
+        return Entries((us - ss) / self.tau, sy, None, sr[:, 0])
 
 
 class Views:

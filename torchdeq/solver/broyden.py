@@ -82,9 +82,9 @@ class Broyden(SecantSolver):
         """Of S Yᵀ + strictly lower part of S Sᵀ, which in the newest row is U s; or of the upper part of Y Yᵀ."""
         column, b = against(v, y, r)
         if self.kind == "bad":
-            return Entries(torch.zeros_like(column)[:, None], column[:, None], 1.0, b)
+            return Entries(torch.zeros_like(column), column, 1.0, b[:, 0])
         (row,) = against(u, s)
-        return Entries(row[:, None], column[:, None], None, b)
+        return Entries(row, column, None, b[:, 0])
 
     def is_usual(self, z: Tensor, state: SecantState) -> bool:
         """With the line search, differences need not be those to the last evaluation."""

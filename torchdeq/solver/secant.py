@@ -19,8 +19,8 @@ Each pair (s, y) is divided by ‖y‖. That changes no iterate, and makes the d
 are safe, and a regularisation is relative.
 
 Kept are V and U = S + τ Y; what else is needed of S and Y follows from them. Products with the histories are all that
-costs, so that each method makes those that it needs and no others. Rows not in use yet are zero, and K is the identity
-there: they get γ = 0.
+costs, so that each method makes those that it needs and no others. Beyond the rows in use K is the identity. In
+a graph, where all rows are in use from the start, they are zero and get γ = 0.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from torchdeq._state import Map, per_sample, rough_norm
 from torchdeq.solver.base import Solver
+from torchdeq.solver.bordered import bordered_step
 from torchdeq.solver.maps import Tally, residual_of
 
 #: Batched products of fewer multiplications than that are slow on a CPU: torch makes them without BLAS.
@@ -156,6 +157,10 @@ class SecantSolver(Solver):
         """Whether V is Y in this step, the same for all samples or per sample (B,). Otherwise it is S."""
         return self.keeps_y
 
+    def ridge(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """What `model` adds to the diagonal of each matrix."""
+        return (0.0,) * self.matrices
+
     def notice(self, size: Tensor, before: Tensor, more: Any) -> Any:
         """What the method remembers besides, after the norm of the residual has gone from `before` to `size` (B,)."""
         return more
@@ -188,6 +193,8 @@ class SecantSolver(Solver):
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
         """The quasi-Newton step; the first one is Picard's."""
+        if isinstance(state.pairs, Tensor):
+            return bordered_step(self, f, z, fz, state)
         r, size = residual_of(f, z, fz)
         step = torch.add(z, r, alpha=self.tau)
         depth = self._depth(z.shape[1])
@@ -209,7 +216,8 @@ class SecantSolver(Solver):
             begun = state.pairs >= 0
             more = torch.where(begun, more, state.more) if isinstance(more, Tensor) else more
         used = n + padding(n, state.k)
-        k, b = self.model(state.k[:, :, :used, :used], entries.b, more)
+        k = state.k if used == state.k.shape[3] else state.k[:, :, :used, :used]
+        k, b = self.model(k, entries.b, more)
         valid = self._valid(f, state, slot, n, size)
         if valid is not None:
             if self.growth < math.inf:
@@ -377,14 +385,14 @@ def precise(like: Tensor) -> torch.dtype:
 
 
 def against(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """The inner products of the rows of a history (B, n, D) with vectors (B, D), (B, n) each."""
+    """The inner products of the rows of a history (B, n, D) with vectors (B, D), (B, 1, n) each."""
     # The vectors in front: as columns behind they take up to three times as long on a CPU. Not .mT, which a loop of a
     # graph cannot have. One pass for all, but on a CPU, where to put them into one tensor takes longer.
     across = history.transpose(1, 2)
     rows = [padded(vector, history)[:, None] for vector in vectors]
     if history.device.type == "cpu" and not torch.compiler.is_compiling():
-        return tuple(torch.bmm(row, across)[:, 0] for row in rows)
-    return torch.bmm(torch.cat(rows, dim=1), across).unbind(1)
+        return tuple([torch.bmm(row, across) for row in rows])
+    return torch.bmm(torch.cat(rows, dim=1), across).split(1, dim=1)
 
 
 def padded(vector: Tensor, history: Tensor) -> Tensor:
@@ -477,10 +485,12 @@ def _widened(state: SecantState, wanted: int) -> SecantState:
     if wanted > before:
         grows = wanted + padding(wanted, k) - before
         k = torch.nn.functional.pad(k, (0, grows, 0, grows))
-        k.diagonal(dim1=2, dim2=3)[:, :, before:] = 1
+        k.diagonal(dim1=2, dim2=3)[:, :, before:].fill_(1)
+    # In a graph all rows are in use from the start.
+    clear = isinstance(state.pairs, Tensor) or state.v.shape[2] != state.z.shape[1]
     return state._replace(
-        v=longer(state.v, wanted),
-        u=longer(state.u, wanted),
+        v=longer(state.v, wanted, clear=clear),
+        u=longer(state.u, wanted, clear=clear),
         k=k,
         valid=None
         if state.valid is None
@@ -489,8 +499,8 @@ def _widened(state: SecantState, wanted: int) -> SecantState:
     )
 
 
-def longer(history: Tensor, wanted: int) -> Tensor:
-    """The history (B, n, D) with room for so many rows, and zeros in them.
+def longer(history: Tensor, wanted: int, *, clear: bool = True) -> Tensor:
+    """The history (B, n, D) with room for so many rows, and if they are to be `clear` zeros in them.
 
     It is the same tensor over other memory. So the old memory is free at once, though the loop still has the state
     before, and of several histories only one at a time takes it twice. Not in a graph, where memory is its business.
@@ -503,6 +513,7 @@ def longer(history: Tensor, wanted: int) -> Tensor:
     """
     if history.shape[1] == wanted:
         return history
-    wider = history.new_zeros(history.shape[0], wanted, history.shape[2])
+    shape = history.shape[0], wanted, history.shape[2]
+    wider = history.new_zeros(shape) if clear else history.new_empty(shape)
     wider[:, : history.shape[1]] = history
     return wider if torch.compiler.is_compiling() else history.set_(wider)  # type: ignore[call-overload]
