@@ -16,8 +16,8 @@ from torchdeq._method import Method
 from torchdeq._modes import in_dual_level, one_batch, refuse_transforms
 from torchdeq._replay import RandomState
 from torchdeq._state import Tree, layout_of
-from torchdeq.fixed_count import check_fixed, solve_fixed
 from torchdeq.grad.base import GradMethod, OnBackward
+from torchdeq.grad.fixed_count import check_fixed, solve_fixed
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.reversible import Reversible
 from torchdeq.solution import Reporter, Solution
