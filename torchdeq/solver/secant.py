@@ -37,6 +37,8 @@ from torchdeq.solver.base import Solver
 from torchdeq.solver.bordered import bordered_step
 from torchdeq.solver.maps import Tally, residual_of
 
+#: In a graph on a CPU inner products of so many numbers are sums in the loop that has made the vectors.
+_FUSED = 1024
 #: Batched products of fewer multiplications than that are slow on a CPU: torch makes them without BLAS.
 SMALL = 400
 
@@ -198,38 +200,30 @@ class SecantSolver(Solver):
         r, size = residual_of(f, z, fz)
         step = torch.add(z, r, alpha=self.tau)
         depth = self._depth(z.shape[1])
-        slot: int | Tensor
-        if isinstance(state.pairs, int):
-            if state.pairs < 0:
-                return step, state._replace(z=z, r=r, size=size, pairs=0)
-            n, slot = min(state.pairs + 1, depth), state.pairs % depth
-            state = with_room(state, n, depth)
-        else:
-            n, slot = state.v.shape[1], state.pairs.clamp_min(0) % depth
-
+        if state.pairs < 0:
+            return step, state._replace(z=z, r=r, size=size, pairs=0)
+        n, slot = min(state.pairs + 1, depth), state.pairs % depth
+        state = with_room(state, n, depth)
         s, y, void, state = self._pair(f, z, r, size, state, slot)
         v, u = (state.v, state.u) if n == state.v.shape[1] else (state.v[:, :n], state.u[:, :n])
         entries = self.entries(v, u, s, y, r)
         _put_entries(state.k, slot, n, entries, void)
         more = self.notice(size, state.size, state.more)
-        if isinstance(state.pairs, Tensor):  # before the first evaluation there is nothing to notice
-            begun = state.pairs >= 0
-            more = torch.where(begun, more, state.more) if isinstance(more, Tensor) else more
         used = n + padding(n, state.k)
         k = state.k if used == state.k.shape[3] else state.k[:, :, :used, :used]
         k, b = self.model(k, entries.b, more)
         valid = self._valid(f, state, slot, n, size)
         if valid is not None:
             if self.growth < math.inf:
-                grew = self._grew(size, state)[:, None]
-                step = torch.where(grew, torch.add(z, r, alpha=self.tau / 2), step)
+                grew = size > self.growth * state.size
+                step = torch.where(grew[:, None], torch.add(z, r, alpha=self.tau / 2), step)
             k, b = _of_valid(k, valid[:, :n]), torch.where(valid[:, :n], b, 0.0)
         gamma = solve_small(k, b, reads=reads(f), positive=self.positive)
         z_next = minus(step, gamma, u)
         return z_next, state._replace(z=z, r=r, size=size, more=more, pairs=state.pairs + 1, valid=valid)
 
     def _pair(
-        self, f: Map, z: Tensor, r: Tensor, size: Tensor, state: SecantState, slot: int | Tensor
+        self, f: Map, z: Tensor, r: Tensor, size: Tensor, state: SecantState, slot: int
     ) -> tuple[Tensor, Tensor, Tensor | None, SecantState]:
         """The newest differences s and y, both divided by ‖y‖ and in the histories; and for whom they are void."""
         if isinstance(f, Tally) and f.changed and self.is_usual(z, state):  # nobody; the same with less work
@@ -247,13 +241,12 @@ class SecantSolver(Solver):
         if state.skip is not None:
             void = void | (state.skip > 0)
             state = state._replace(skip=(state.skip - 1).clamp_min(0))
-        if isinstance(state.pairs, Tensor):
-            void = void | (state.pairs < 0)
         weight = length.reciprocal().masked_fill_(void, 0.0)[:, None]
         u = torch.add(s, y, alpha=self.tau) * weight
         s, y = s * weight, y * weight
-        _put(state.v, slot, y if self.keeps_y else s)
-        _put(state.u, slot, u)
+        d = z.shape[1]
+        state.v[:, slot, :d] = y if self.keeps_y else s
+        state.u[:, slot, :d] = u
         return s, y, void, state
 
     def is_usual(self, z: Tensor, state: SecantState) -> bool:
@@ -271,30 +264,21 @@ class SecantSolver(Solver):
         """More differences than that say nothing new about d unknowns."""
         return min(self.depth, max(1, 3 * d))
 
-    def _grew(self, size: Tensor, state: SecantState) -> Tensor:
-        grew = size > self.growth * state.size
-        return grew & (state.pairs >= 0) if isinstance(state.pairs, Tensor) else grew
-
-    def _valid(self, f: Map, state: SecantState, slot: int | Tensor, n: int, size: Tensor) -> Tensor | None:
+    def _valid(self, f: Map, state: SecantState, slot: int, n: int, size: Tensor) -> Tensor | None:
         """Which rows count from now on; None if all do, where the host may know."""
         valid = state.valid
         if valid is None:
             if self.growth == math.inf or (isinstance(f, Tally) and f.closer):
                 return None
-            grew = self._grew(size, state)
+            grew = size > self.growth * state.size
             if reads(f) and not bool(grew.any()):
                 return None
             valid = torch.zeros(state.v.shape[:2], dtype=torch.bool, device=size.device)
             valid[:, :n] = ~grew[:, None]
             return valid
-        if isinstance(slot, int):
-            valid = valid.clone()
-            valid[:, slot] = True
-        else:
-            assert isinstance(state.pairs, Tensor)
-            begun = (state.pairs >= 0).expand(len(valid))
-            valid = valid.index_copy(1, slot, begun[:, None])
-        return valid & ~self._grew(size, state)[:, None] if self.growth < math.inf else valid
+        valid = valid.clone()
+        valid[:, slot] = True
+        return valid & ~(size > self.growth * state.size)[:, None] if self.growth < math.inf else valid
 
     def estimate(self, f: Map, z: Tensor, fz: Tensor, state: SecantState) -> SecantEstimate:
         """See `SolverLoop.estimate`. The last difference counts too, as if another step were made."""
@@ -390,6 +374,8 @@ def against(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
     # graph cannot have. One pass for all, but on a CPU, where to put them into one tensor takes longer.
     across = history.transpose(1, 2)
     rows = [padded(vector, history)[:, None] for vector in vectors]
+    if torch.compiler.is_compiling() and history.device.type == "cpu" and history.shape[2] <= _FUSED:
+        return tuple([(history * row).sum(dim=2)[:, None] for row in rows])
     if history.device.type == "cpu" and not torch.compiler.is_compiling():
         return tuple([torch.bmm(row, across) for row in rows])
     return torch.bmm(torch.cat(rows, dim=1), across).split(1, dim=1)
@@ -423,40 +409,16 @@ def reads(f: Map) -> bool:
     return isinstance(f, Tally) and f.reads
 
 
-def _put(history: Tensor, slot: int | Tensor, row: Tensor) -> None:
-    """Write a row (B, D) into a history (B, n, D), which may have zeros for alignment."""
-    if isinstance(slot, int):
-        history[:, slot, : row.shape[1]] = row
-        return
-    extra = history.shape[2] - row.shape[1]
-    row = torch.nn.functional.pad(row, (0, extra)) if extra else row
-    history.index_copy_(1, slot, row[:, None])
-
-
-def _put_entries(k: Tensor, slot: int | Tensor, n: int, entries: Entries, void: Tensor | None) -> None:
+def _put_entries(k: Tensor, slot: int, n: int, entries: Entries, void: Tensor | None) -> None:
     """Write a row and a column into K (B, matrices, N, N). A void pair's are 0, and 1 where they meet."""
     row, column, corner, _ = entries
-    if isinstance(slot, int):
-        if corner is None and void is not None:
-            column = column.clone()
-            column[:, :, slot].masked_fill_(void[:, None], 1.0)
-        k[:, :, slot, :n] = row
-        k[:, :, :n, slot] = column
-        if corner is not None:
-            k[:, :, slot, slot] = corner
-        return
-    if extra := k.shape[3] - n:
-        row, column = (torch.nn.functional.pad(part, (0, extra)) for part in (row, column))
-    row, column = row.to(k.dtype), column.to(k.dtype)
-    here = torch.arange(k.shape[3], device=k.device) == slot  # (N,)
-    assert void is not None
-    column = (
-        torch.where(here & void[:, None, None], 1.0, column)
-        if corner is None
-        else torch.where(here, corner, column)
-    )
-    k.index_copy_(2, slot, row[:, :, None])
-    k.index_copy_(3, slot, column[:, :, :, None])
+    if corner is None and void is not None:
+        column = column.clone()
+        column[:, :, slot].masked_fill_(void[:, None], 1.0)
+    k[:, :, slot, :n] = row
+    k[:, :, :n, slot] = column
+    if corner is not None:
+        k[:, :, slot, slot] = corner
 
 
 def padding(size: int, like: Tensor) -> int:
