@@ -106,10 +106,12 @@ def test_program_takes_the_steps_of_the_model_at_another_batch_size(index: int) 
         z0, x = torch.zeros(batch, 5), uneven(batch, 5)
         z, info = run(z0, x)
         expected, solution = solved(deq, cell, z0, x)
-        torch.testing.assert_close(z, expected, rtol=1e-13, atol=1e-13)
+        # K⁻¹ that is bordered and K that is factored round differently, and Multisecant's K is nearly singular here.
+        level = 1e-10 if isinstance(SOLVERS[index], Multisecant) else 1e-13
+        torch.testing.assert_close(z, expected, rtol=level, atol=level)
         assert torch.equal(info["nstep"], solution.nstep)
         assert info["converged"].all()
-        torch.testing.assert_close(info["residual"], solution.residual, rtol=1e-3, atol=1e-15)
+        torch.testing.assert_close(info["residual"], solution.residual, rtol=1e-3, atol=level / 10)
         if batch > 1:
             assert len(set(info["nstep"].tolist())) > 1
         # Against the equation itself, not the library's own word.

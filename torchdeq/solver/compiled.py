@@ -115,7 +115,8 @@ class _Forward:
             while True:
                 ahead = record[len(states)] if len(states) < len(record) else limit
                 stop = torch.tensor(min(room, ahead) if grows else ahead, device=z0.device)
-                program = self.graphs((plan.key, at is z0), functools.partial(plan.make, first=at is z0))
+                make = functools.partial(plan.make, first=at is z0)
+                program = self.graphs((plan.key, at is z0), make, stored=plan.wide)
                 at, told = program(f, at, histories, trace, stop)
                 k, on, coupled, mixed = told[-1].tolist()
                 if k == ahead and len(states) < len(record):
@@ -177,6 +178,7 @@ class Plan:
         self.packing = Packing(carry)
         self.rows = [history[:1] for history in self.packing.pack(carry)[1]]
         self.ours = Ours(solver, seen, self.packing)
+        self.wide = any(row.shape[1] > 8 for row in self.rows)
 
     def make(self, *, first: bool) -> Any:
         """The function that is compiled."""

@@ -115,9 +115,9 @@ class GMRES(AffineSolver):
             v, t = state.basis, state.t
         extra = -size % _ALIGNED
         w = (torch.nn.functional.pad(ap, (0, extra)) if extra else ap)[:, None]
-        h = torch.bmm(w, v.mT)  # (B, 1, j + 1)
+        h = torch.bmm(w, v.transpose(1, 2))  # (B, 1, j + 1)
         w = torch.baddbmm(w, h, v, alpha=-1)
-        again = torch.bmm(w, v.mT)  # "twice is enough"
+        again = torch.bmm(w, v.transpose(1, 2))  # "twice is enough"
         w = torch.baddbmm(w, again, v, alpha=-1)[:, 0]
         h = (h + again)[:, 0]
         largest = torch.maximum(state.largest, rough_norm(ap))

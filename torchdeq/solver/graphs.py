@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +15,11 @@ from torch import Tensor
 from torchdeq._held import Held
 from torchdeq._state import FlatMap
 
-#: The loop of a solve runs in C++, not in Python; and what a sum over small matrices is made of is stored, not computed
-#: again for each of their elements.
-OF_INDUCTOR = {"cpp_wrapper": True, "realize_opcount_threshold": 4, "realize_reads_threshold": 2}
+_NUMBERS = itertools.count()
+#: The loop of a solve runs in C++, not in Python.
+OF_INDUCTOR = {"cpp_wrapper": True}
+#: What a sum over small matrices is made of is stored, not computed again for each of their elements.
+STORED = {"realize_opcount_threshold": 4, "realize_reads_threshold": 2}
 
 
 class Graphs:
@@ -50,14 +53,15 @@ class Graphs:
             found = self._kept[key] = make()
         return found
 
-    def __call__(self, key: Any, make: Callable[[], Any]) -> Program:
+    def __call__(self, key: Any, make: Callable[[], Any], *, stored: bool = False) -> Program:
         """The program of this key.
 
         Arguments:
             key: what it is made for.
             make: makes the function that is to be compiled, if there is none yet.
+            stored: whether its sums are over matrices that are large enough, see `STORED`.
         """
-        program: Program = self.kept(key, lambda: Program(make, self.options))
+        program: Program = self.kept(key, lambda: Program(make, self.options, stored=stored))
         return program
 
 
@@ -67,13 +71,16 @@ class Program:
     Arguments:
         make: makes the function. What it closes over is named `ours`, and does not change.
         options: of `torch.compile`.
+        stored: see `Graphs`.
     """
 
-    def __init__(self, make: Callable[[], Any], options: Mapping[str, Any]):
+    def __init__(self, make: Callable[[], Any], options: Mapping[str, Any], *, stored: bool = False):
         self.make = make
         self.options = dict(options)
         if "mode" not in options:  # which excludes options of any other kind
-            own = OF_INDUCTOR if options.get("backend", "inductor") == "inductor" else {}
+            own: dict[str, Any] = OF_INDUCTOR | (STORED if stored else {})
+            if options.get("backend", "inductor") != "inductor":
+                own = {}
             inner = {"guard_filter_fn": needed, **own, **options.get("options", {})}
             self.options["options"] = inner
         self.compiled = self._anew()
@@ -90,9 +97,11 @@ class Program:
             return self.compiled(*args)
 
     def _anew(self) -> Callable[..., Any]:
-        """The function with a code object of its own, by which torch keeps what it has compiled."""
+        """The function with code of its own, by which torch keeps what it has compiled, and of a name of its own, by
+        which it takes note of what has changed: another solver's numbers have not."""
         f = self.make()
-        apart = types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, None, f.__closure__)
+        code = f.__code__.replace(co_name=f"program_{next(_NUMBERS)}")
+        apart = types.FunctionType(code, f.__globals__, f.__name__, None, f.__closure__)
         return torch.compile(apart, fullgraph=True, **self.options)
 
 

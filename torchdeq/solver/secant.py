@@ -447,7 +447,11 @@ def _widened(state: SecantState, wanted: int) -> SecantState:
     if wanted > before:
         grows = wanted + padding(wanted, k) - before
         k = torch.nn.functional.pad(k, (0, grows, 0, grows))
-        k.diagonal(dim1=2, dim2=3)[:, :, before:].fill_(1)
+        if torch.compiler.is_compiling():
+            new = torch.arange(k.shape[2], device=k.device) >= before
+            k = k + torch.eye(k.shape[2], dtype=k.dtype, device=k.device) * new
+        else:
+            k.diagonal(dim1=2, dim2=3)[:, :, before:].fill_(1)
     # In a graph all rows are in use from the start.
     clear = isinstance(state.pairs, Tensor) or state.v.shape[2] != state.z.shape[1]
     return state._replace(
