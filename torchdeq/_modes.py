@@ -76,7 +76,8 @@ def one_batch() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "vmap" in str(error) and "data-dependent" in str(error):
+        text = str(error)
+        if ("vmap" in text and "data-dependent" in text) or "data pointer" in text:
             error.add_note(
                 "A DEQ stops when its state has converged, which vmap cannot see. Use torchdeq.fixed_point, where each "
                 "mapped instance is a sample of the solve; or put the instances into the batch, the state's first "

@@ -85,8 +85,7 @@ def export(model: nn.Module, *what: Any, dynamic_batch: bool = True, check: bool
         >>> import torch, torchdeq
         >>> layer = torch.nn.Linear(4, 4).eval()
         >>> deq = torchdeq.DEQ(torchdeq.FixedPointIteration(tol=1e-4)).eval()
-        >>> def f(z, x):
-        ...     return torch.tanh(0.2 * layer(z) + x)
+        >>> f = lambda z, x, layer=layer: torch.tanh(0.2 * layer(z) + x)
         >>> program = torchdeq.export(deq, f, (torch.zeros(2, 4), torch.randn(2, 4)))
         >>> z, info = program.module()(torch.zeros(5, 4), torch.randn(5, 4))
         >>> z.shape, bool(info["converged"].all())

@@ -201,7 +201,7 @@ class IFT(GradMethod):
         # no removal: every backward pass solves, each call of the module its own system.
         out = fz.clone()  # not a view: an in-place operation on one would go past the hook
         out.register_hook(solve)
-        return out
+        return out.view_as(out)  # on which the caller's hooks see the cotangent as it comes
 
 
 def _drop_grad(z: Tensor) -> None:
