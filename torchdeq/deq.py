@@ -61,7 +61,8 @@ class DEQ(nn.Module):
             `max_iter` evaluations of the forward solver, and of that in `IFT`, and read nothing on the way. Then a
             function with this module in it, a whole training step, is one graph for your own
             `torch.compile(step, fullgraph=True)`, and one CUDA graph. What is returned is the last evaluation's f(z);
-            nobody is warned; f must not change buffers; IFT without `clip`, of order 1, JFB or PhantomGrad.
+            nobody is warned, nor looks whether f couples the samples, which then need `batch_dims=0`; f must not change
+            buffers; IFT without `clip`, of order 1, JFB or PhantomGrad.
         hold_noise: draw the random numbers in f, such as the masks of `torch.nn.Dropout`, once for a solve. False:
             f is taken to draw none, or to keep what it drew.
 
@@ -201,7 +202,7 @@ class DEQ(nn.Module):
         """Compile the solves from now on; what `DEQ(compile=True)` does.
 
         `torch.nn.Module.compile` would try to compile `forward`, which reads numbers to know when to stop. Here each
-        solve is a graph: the forward solve one loop, an adjoint solve some products at a time, which makes up to five
+        solve is a graph: the forward solve one loop, an adjoint solve some products at a time, which makes up to three
         more than are needed. f is captured with them. A fresh closure over other tensors of the same shapes is not
         compiled again, and another batch size once. Parametrized weights are evaluated before, once for a solve.
         Tangents, and derivatives of higher order, are solved as they are without. Copies, and modules that are read
@@ -233,7 +234,7 @@ class DEQ(nn.Module):
             compiled(
                 graphs, solver, methods_for(self.grad, self.record)
             )  # so that what cannot be raises here
-        self._graphs = graphs
+        self._graphs, self._fixed = graphs, False
 
     def _check_fixed(self) -> None:
         """Raise if a fixed count cannot be kept to."""
@@ -243,6 +244,11 @@ class DEQ(nn.Module):
                     f"DEQ({name}={getattr(self, name)!r}) looks at a solve, or holds what it draws, which one of a "
                     f"fixed count does not allow. Use compile=True, or False."
                 )
+        if self.stateful is not None:
+            raise ValueError(
+                "DEQ(modules=…) names what f changes, and in a solve of a fixed count f must change nothing. Use "
+                "compile=True, or False."
+            )
         for solver in (self.solver, self.eval_solver or self.solver):
             check_fixed(solver, methods_for(self.grad, ())[-1])
 

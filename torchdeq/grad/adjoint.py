@@ -54,6 +54,28 @@ def solve_adjoint(
     return (u, solution) if clip is None else _clipped(u, solution, g, clip)
 
 
+def scales_of(size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each sample's cotangent is divided by before a solve, and at which weight it takes part in products.
+
+    Arguments:
+        size: the norms of the cotangents, (B,).
+
+    Returns:
+        The divisors, (B, 1), not zero; the weights, (B, 1), of which the largest is 1; and whose norm is finite, (B,).
+    """
+    # A cotangent that is not finite is its own sample's: what it asks for is not a number, and says nothing of others.
+    known = size.isfinite()
+    size = torch.where(known, size, 0.0)
+    # A sample without a cotangent borrows the scale of the largest: if f couples samples its u is not zero.
+    largest = size.amax() if size.numel() else size.sum()
+    largest = torch.where(largest != 0, largest, 1.0)
+    # What is further below the largest than this cannot be told from nothing in products that see both.
+    size = torch.where(size != 0, size, largest).maximum(largest * torch.finfo(size.dtype).tiny ** 0.5)[
+        :, None
+    ]
+    return size, size / largest, known
+
+
 def _clipped(u: Tensor, solution: Solution, g: Tensor, clip: float) -> tuple[Tensor, Solution]:
     """u · min(1, clip ‖g‖ / ‖u‖) per sample, or with one factor if the batch was solved as one."""
     size, most = _norm(u), clip * _norm(g)
@@ -73,17 +95,8 @@ def _solve(
     scale: Tensor | None,
 ) -> tuple[Tensor, Solution]:
     """The solve of `solve_adjoint`, without a bound."""
-    size = _norm(g) if scale is None else torch.maximum(_norm(g), scale)
-    # A cotangent that is not finite is its own sample's: what it asks for is not a number, and says nothing of others.
-    known = size.isfinite()
-    size = torch.where(known, size, 0.0)
-    # A sample without a cotangent borrows the scale of the largest: if f couples samples its u is not zero.
-    largest = size.amax() if size.numel() else size.sum()
-    largest = torch.where(largest != 0, largest, 1.0)
-    # What is further below the largest than this cannot be told from nothing in products that see both.
-    size = torch.where(size != 0, size, largest).maximum(largest * torch.finfo(g.dtype).tiny ** 0.5)[:, None]
+    size, weight, known = scales_of(_norm(g) if scale is None else torch.maximum(_norm(g), scale))
     unit = g / size  # (B, D); a NaN stays one
-    weight = size / largest  # (B, 1)
     linear = Weighted(vjp, weight)
 
     def precondition(p: Tensor) -> Tensor:

@@ -5,6 +5,9 @@
 
 with N and M the solvers' `max_iter`. There is no stop, no best iterate and no second try. So a function that holds such
 a solve, a whole training step, is one graph for `torch.compile(fullgraph=True)`; and one CUDA graph.
+
+Coefficients are those of each sample alone. Where f couples samples, which nobody looks for here, the state is to be
+one sample: `batch_dims=0`.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
+from torchdeq._held import modules_of
 from torchdeq._replay import AutocastState
 from torchdeq._state import Tree, layout_of, per_sample
+from torchdeq.grad.adjoint import scales_of
 from torchdeq.grad.base import GradMethod
 from torchdeq.grad.ift import IFT
 from torchdeq.grad.jfb import JFB
@@ -41,12 +47,15 @@ def solve_fixed(
     Returns:
         f(z) of the last state z, in the structure of z0; and the `Solution`, with the residual of z, which costs no
         evaluation. Its traces have that one row.
+
+    Raises:
+        RuntimeError: f changes its argument or its buffers in place; seen where no graph is being made.
     """
     layout = layout_of(z0, batch_dims)
     start = layout.ravel(z0, source="z0").detach()
     amp = AutocastState.capture(start.device)
     seen = Seen(layout, amp)
-    map_: Any = Bound(seen, f)
+    map_: Any = Bound(seen, f if torch.compiler.is_compiling() else _watched(f))
     with amp.off():
         with torch.no_grad():
             z = _iterated(solver, map_, start, solver.max_iter - 1)
@@ -55,13 +64,31 @@ def solve_fixed(
         if isinstance(method, IFT):
             out = _Implicit.apply(fz, z, lambda z, g: _adjoint(method.solver, seen, f, z, g))
         else:
-            steps = method.steps if isinstance(method, PhantomGrad) else 1
-            tau = method.tau if isinstance(method, PhantomGrad) else 1.0
-            out = torch.lerp(z, fz, tau) if tau != 1 else fz
-            for _ in range(steps - 1):
-                image = map_(out)
-                out = torch.lerp(out, image, tau) if tau != 1 else image
+            (out,) = method.attach(lambda u: fz if u is z else map_(u), z)
     return layout.unravel(out), unravel_solution(solution, layout)
+
+
+def _watched(f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
+    """f, with a look at what its first call has changed."""
+    buffers = [buffer for module in modules_of(f) for buffer in module.buffers()]
+    first = True
+
+    def call(tree: Tree) -> Tree:
+        nonlocal first
+        if not first:
+            return f(tree)
+        parts = [t for t in [*optree.tree_leaves(tree), *buffers] if not t.is_inference()]
+        before = [t._version for t in parts]
+        image, first = f(tree), False
+        if before != [t._version for t in parts]:
+            raise RuntimeError(
+                "f changed its argument or a buffer in place, and a solve of a fixed count would do so at each "
+                "evaluation. Return a new tensor; call eval() on modules with running statistics; or use "
+                "DEQ(compile=False), which changes buffers once for a solve."
+            )
+        return image
+
+    return call
 
 
 def check_fixed(solver: SolverLoop, method: GradMethod) -> None:
@@ -112,16 +139,14 @@ def _iterated(solver: SolverLoop, f: Any, z: Tensor, steps: int) -> Tensor:
 
 
 def _adjoint(solver: SolverLoop, seen: Seen, f: Callable[[Tree], Tree], z: Tensor, g: Tensor) -> Tensor:
-    """u with u = Jᵀ u + g, after `max_iter` products, (B, D). Samples are brought to one scale."""
-    size = g.abs().amax(dim=1)
-    size = torch.where((size > 0) & size.isfinite(), size, 1.0)
-    weight = (size / size.amax())[:, None]
-    map_ = Shifted(seen, f, (z, weight, g / size[:, None]))
+    """u with u = Jᵀ u + g, after `max_iter` products, (B, D). It is NaN for a sample whose g is not finite."""
+    size, weight, known = scales_of(per_sample(g))
+    map_ = Shifted(seen, f, (z, weight, g / size))
     if isinstance(solver, AffineSolver):
         u = _searched(solver, map_, map_.b, solver.max_iter)
     else:
         u = _iterated(solver, map_, map_.b, solver.max_iter)
-    return u * size[:, None]
+    return torch.where(known[:, None], u * size, torch.nan)
 
 
 def _searched(solver: AffineSolver, map_: Shifted, b: Tensor, products: int) -> Tensor:

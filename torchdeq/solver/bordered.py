@@ -7,7 +7,8 @@ of K gets a new pair, with row ρ, column κ and corner c,
     M ← M + (M κ − e_j)(ρ M − e_jᵀ) / s,   s = c − ρ M κ.
 
 The second is the inverse of a bordered matrix. Rows not in use are those of the identity. M is in float64, where the
-device has it. A pair that would make K singular, s = 0 to rounding, does not count.
+device has it. A pair that would make K singular, s = 0 to rounding, does not count. Sources: the inverse of a bordered
+matrix is that of Frobenius and Schur, as in Horn and Johnson, Matrix Analysis, 0.7.3.
 """
 
 from __future__ import annotations
@@ -23,14 +24,25 @@ from torchdeq.solver.maps import residual_of
 if TYPE_CHECKING:
     from torchdeq.solver.secant import SecantSolver, SecantState
 
-#: s below this part of what it is the difference of is rounding, in float64.
-_SINGULAR = 1e-13
+#: s within so many units of rounding of what it is the difference of is rounding: the sums in it have some tens of
+#: products each, whose factors have such sums behind them.
+_ROUNDING = 512
 
 
 def bordered_step(
     solver: SecantSolver, f: Map, z: Tensor, fz: Tensor, state: SecantState
 ) -> tuple[Tensor, SecantState]:
-    """`SecantSolver.step` with tensors for what is a number there. `state.k` holds M; histories are written to."""
+    """`SecantSolver.step` with tensors for what is a number there.
+
+    Arguments:
+        solver: one of `fixed_shape`.
+        f: the map, (B, D) -> (B, D).
+        z, fz: the state and f(z), (B, D).
+        state: with tensors for `pairs`, `valid` and `skip`. `state.k` holds M. It and the histories are written to.
+
+    Returns:
+        The next state, (B, D), and the solver's. A sample whose γ is not finite makes a Picard step, and begins anew.
+    """
     assert isinstance(state.pairs, Tensor)
     assert state.valid is not None
     assert state.skip is not None
@@ -58,6 +70,8 @@ def bordered_step(
         more = torch.where(begun, more, state.more)
     valid = others | (here & (counts & begun & ~grew)[:, None])
     gamma = _chosen(inverse, b, valid, solver.of_y(more))
+    sound = gamma.isfinite().all(dim=1, keepdim=True)  # a pivot of M was zero where an old pair left
+    gamma, valid = torch.where(sound, gamma, 0.0), valid & sound
     state.k[:, :, :n, :n] = inverse
 
     step = torch.add(z, r, alpha=solver.tau)
@@ -123,7 +137,8 @@ def border(
     p, q = (m * kappa[:, :, None]).sum(3), (m * rho[..., None]).sum(2)
     taken = (rho * p).sum(2)
     s = c - taken  # (B, matrices)
-    counts = (s.abs() > _SINGULAR * (c.abs() + taken.abs())).all(dim=1)
+    noise = _ROUNDING * torch.finfo(dtype).eps
+    counts = (s.abs() > noise * (c.abs() + taken.abs())).all(dim=1)
     alone = ~counts[:, None]
     s = torch.where(alone, 1.0, s)
     p, q = (torch.where(alone[..., None], 0.0, part) - unit for part in (p, q))

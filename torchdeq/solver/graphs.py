@@ -106,13 +106,20 @@ class Program:
 
 
 def needed(guards: Any) -> list[bool]:
-    """Which guards are worth a look at each call: not those on this library's loop, which does not change."""
+    """Which guards are worth a look at each call: not those on this library's loop, which does not change.
+
+    A guard on anything that f names must stay, or a number that f had when it was captured would be used for ever.
+    """
     return [not _is_ours(guard.name) for guard in guards]
 
 
 def _is_ours(name: str) -> bool:
-    return name.lstrip("dictype(").startswith(
-        ("ours", "L['ours']", "G['__import_torchdeq_dot_solver", "G['__builtins_dict", "G['___unnamed_scope")
+    if name.startswith("G['___unnamed_scope"):  # of our named tuples, or of an f that was made by exec
+        return "['_tuple_new']" in name
+    return (
+        name.removeprefix("type(")
+        .removeprefix("dict(")
+        .startswith(("ours", "L['ours']", "G['__import_torchdeq_dot_solver", "G['__builtins_dict"))
     )
 
 

@@ -1,8 +1,8 @@
-"""One turn of the loop as a function of tensors, for a graph: compiled in chunks, or the body of a `while_loop`.
+"""One turn of the loop as a function of tensors, for a graph: the body of a `while_loop`, or compiled in chunks.
 
 It does what `SolverLoop._iterate` does, by the same `step`, `rescue` and `sort_out`. But shapes are fixed, the host
-reads nothing, and one graph serves every turn. Samples that are done, and all once `limit` evaluations were made, stay
-as they are. So a turn too many changes nothing.
+reads nothing, and one graph serves every turn. Samples that are done stay as they are; `advance`, for chunks, lets all
+stay once `limit` evaluations were made, so that a turn too many changes nothing.
 """
 
 from __future__ import annotations
@@ -86,7 +86,12 @@ def turn(solver: SolverLoop, f: Tally, carry: Carry, resolution: float) -> Carry
 
 
 def advance(solver: SolverLoop, f: Tally, carry: Carry, limit: Tensor | int, resolution: float) -> Carry:
-    """A turn that changes nothing once `limit` evaluations were made, for those that are written out one by one."""
+    """A turn that changes nothing of what is known once `limit` evaluations were made.
+
+    Arguments:
+        solver, f, carry, resolution: see `turn`.
+        limit: the number of evaluations, an integer or a tensor ().
+    """
     after = turn(solver, f, carry, resolution)
     more = carry.k < limit
     pairs: list[tuple[Any, Any]] = list(zip(after.known, carry.known, strict=True))
