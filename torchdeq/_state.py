@@ -83,6 +83,11 @@ class Layout:
         ]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether a leaf is in a narrower dtype than the (B, D) tensor."""
+        return any(_is_narrower(dtype, self.dtype) for dtype in self.dtypes)
+
     def rounded(self, z: Tensor) -> Tensor:
         """The (B, D) tensor as it is once it has been through the dtypes of the leaves, in which f sees it."""
         if not any(_is_narrower(dtype, z.dtype) for dtype in self.dtypes):
@@ -212,6 +217,7 @@ class FlatMap:
             raise TypeError(f"f must be a callable that maps the state to the state, got {type(f).__name__}.")
         self.f = f
         self.layout = layout
+        self.plain = layout.plain
         self.checked = False
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -231,14 +237,15 @@ class FlatMap:
         # Inference tensors count no versions; there the first call is compared by value.
         before = None if z.is_inference() else z._version
         kept = z.clone() if before is None and not self.checked else None
-        tree = self.layout.unravel(z)
+        tree = z if z.shape == self.plain else self.layout.unravel(z)
         try:
             image = self.f(tree)
         except TypeError as error:
             if hint := _of_several(self.f, tree):
                 raise TypeError(hint) from error
             raise
-        fz = self.layout.ravel(image)
+        same = z.dim() == 2 and isinstance(image, Tensor) and image.shape == self.plain == z.shape
+        fz = image if same and image.dtype == z.dtype else self.layout.ravel(image)
         self.checked = True
         if (before is not None and z._version != before) or (kept is not None and not torch.equal(z, kept)):
             raise RuntimeError(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchdeq._state import Map
 from torchdeq.solver.maps import Tally, residual_of
-from torchdeq.solver.secant import Entries, SecantSolver, SecantState, against, is_small, with_room
+from torchdeq.solver.secant import Entries, SecantSolver, SecantState, against, is_small, weight_of, with_room
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -123,7 +123,7 @@ class Anderson(SecantSolver):
         y, u, row_y, row, column, corner = views.slots[slot]
         torch.sub(r, state.r, out=y)
         torch.sub(z, state.z, out=u).add_(y, alpha=self.tau)
-        weight = torch.linalg.vector_norm(y, dim=1, keepdim=True).reciprocal_()
+        weight, _ = weight_of(f, y, size)
         y.mul_(weight)
         u.mul_(weight)
         torch.bmm(row_y, views.history, out=views.yy)

@@ -276,8 +276,7 @@ class SolverLoop:
                 None if now.size.dim() == 2 else now.size,
                 reads=not watch.flag.late and self.check_every == 1,
                 closer=watch.clean and self.stop_mode == "abs",
-                changed=watch.changed,
-                fell=watch.fell,
+                watch=watch,
             )
             z_next, state = self.step(f, z, fz, state)
             z = watch.hold(z_next, z)
@@ -308,19 +307,21 @@ class SolverLoop:
             f: the map.
             rough: sum squares in the dtype of z, see `rough_norm`.
         """
+        if torch.is_grad_enabled():  # norms only decide; an unrolled solve would keep a graph of each
+            with torch.no_grad():
+                return self._measured(z, fz, f, rough=rough)
         z = f.rounded(z)
-        with torch.no_grad():  # norms only decide; an unrolled solve would keep a graph of each
-            r = f.residual(z, fz)
-            if rough:
-                size, scale = rough_norm(r), rough_norm(fz)
-                return Iterate(z, size, scale, size / scale if self.stop_mode == "rel" else size)
-            if self._by_leaf(f):
-                # (B, leaves)
-                size = torch.stack([per_sample(leaf) for leaf in r.split(f.sizes, dim=1)], dim=1)
-                scale = torch.stack([per_sample(leaf) for leaf in fz.split(f.sizes, dim=1)], dim=1)
-            else:
-                size, scale = per_sample(r), per_sample(fz)
-            measure = leaf_max(relative(size, scale) if self.stop_mode == "rel" else size)
+        r = f.residual(z, fz)
+        if rough:
+            size, scale = rough_norm(r), rough_norm(fz)
+            return Iterate(z, size, scale, size / scale if self.stop_mode == "rel" else size)
+        if self._by_leaf(f):
+            # (B, leaves)
+            size = torch.stack([per_sample(leaf) for leaf in r.split(f.sizes, dim=1)], dim=1)
+            scale = torch.stack([per_sample(leaf) for leaf in fz.split(f.sizes, dim=1)], dim=1)
+        else:
+            size, scale = per_sample(r), per_sample(fz)
+        measure = leaf_max(relative(size, scale) if self.stop_mode == "rel" else size)
         return Iterate(z, size, scale, measure)
 
     def _final(self, f: Tally, watch: Watch, k: int) -> Iterate:
@@ -331,8 +332,7 @@ class SolverLoop:
         if not watch.done:
             every = watch.clean and watch.all_active
             nstep = torch.full_like(known.nstep, k) if every else torch.where(known.active, k, known.nstep)
-            known = known._replace(nstep=nstep)
-        watch.samples = known
+            watch.samples = known = known._replace(nstep=nstep)
         if watch.clean:
             return now
         finite = now.measure.isfinite()

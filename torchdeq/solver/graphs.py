@@ -16,8 +16,9 @@ from torchdeq._held import Held
 from torchdeq._state import FlatMap
 
 _NUMBERS = itertools.count()
-#: The loop of a solve runs in C++, not in Python.
-OF_INDUCTOR = {"cpp_wrapper": True}
+#: The loop of a solve runs in C++, not in Python. A convolution takes states as the solver has them: to turn them into
+#: another layout and back costs more than it gains, and keeps the loops over them from being vectorised.
+OF_INDUCTOR = {"cpp_wrapper": True, "layout_optimization": False}
 #: What a sum over small matrices is made of is stored, not computed again for each of their elements.
 STORED = {"realize_opcount_threshold": 4, "realize_reads_threshold": 2}
 

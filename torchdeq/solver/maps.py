@@ -15,6 +15,7 @@ from torchdeq._state import Layout, Map, per_sample, select_rows
 
 if TYPE_CHECKING:
     from torchdeq.solver.learned import Learned
+    from torchdeq.solver.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +59,12 @@ class Tally:
         self.amp = amp
         self.limit = limit
         self.layout = layout
+        self._rounds = layout is not None and layout.rounds
         self.calls = 0
         self.learned: Learned | None = None  # what the solve learns of (I − J)⁻¹, if that is wanted
         #: Whether the host may read values on the way, and whether it knows that no residual has grown in this one.
         self.reads = self.closer = False
-        #: Whether the norm of every residual has clearly changed just now; and whether each has become smaller.
-        self.changed = self.fell = False
+        self._watch: Watch | None = None  # what the loop knows of the samples
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # z, f(z), and f(z) − z
         self._size: Tensor | None = None  # (B,), the norm of the last of them
 
@@ -73,6 +74,22 @@ class Tally:
             return self.f(z)
         with self.amp.on():
             return self.f(z)
+
+    @property
+    def fell(self) -> bool:
+        """Whether every residual has clearly fallen just now; those of samples at rest, if there are any, are as they
+        were."""
+        return self._watch is not None and self._watch.fell
+
+    @property
+    def changed(self) -> bool:
+        """Whether the norm of every residual has clearly changed just now, likewise."""
+        return self._watch is not None and self._watch.changed
+
+    @property
+    def rest(self) -> bool:
+        """Whether some sample rests."""
+        return self._watch is not None and not self._watch.all_active
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -88,7 +105,7 @@ class Tally:
 
     def rounded(self, z: Tensor) -> Tensor:
         """z in the precision in which f sees it."""
-        return z if self.layout is None else self.layout.rounded(z)
+        return self.layout.rounded(z) if self._rounds and self.layout is not None else z
 
     def residual(self, z: Tensor, fz: Tensor) -> Tensor:
         """f(z) − z of the last call, fz = f(z), both (B, D). It is computed once."""
@@ -101,19 +118,16 @@ class Tally:
     def _difference_of(self, z: Tensor, fz: Tensor) -> Tensor:
         return fz - z
 
-    def note(
-        self, size: Tensor | None, *, reads: bool, closer: bool, changed: bool = False, fell: bool = False
-    ) -> None:
+    def note(self, size: Tensor | None, *, reads: bool, closer: bool, watch: Watch | None = None) -> None:
         """Remember for the step that follows what the loop has found out.
 
         Arguments:
             size: the norm of the residual, (B,), if it is known.
             reads: whether the host may read values.
             closer: whether no residual has grown.
-            changed: whether the norm of each has clearly changed.
-            fell: whether each has become clearly smaller.
+            watch: what it knows of the samples.
         """
-        self._size, self.reads, self.closer, self.changed, self.fell = size, reads, closer, changed, fell
+        self._size, self.reads, self.closer, self._watch = size, reads, closer, watch
 
     def forget(self) -> None:
         """Let go of the states of the last call, before the next one takes memory."""

@@ -230,14 +230,13 @@ class SecantSolver(Solver):
             own = state.v[:, slot]
             s = torch.sub(z, state.z, out=None if self.keeps_y else own)
             y = torch.sub(r, state.r, out=own if self.keeps_y else None)
-            weight = torch.linalg.vector_norm(y, dim=1, keepdim=True).reciprocal_()
+            weight, void = weight_of(f, y, size)
             torch.add(s, y, alpha=self.tau, out=state.u[:, slot]).mul_(weight)
-            return s.mul_(weight) if self.needs_s else s, y.mul_(weight), None, state
+            return s.mul_(weight) if self.needs_s else s, y.mul_(weight), void, state
         s, y = z - state.z, r - state.r
         length = rough_norm(y) if reads(f) else per_sample(y)
         # A difference that is nothing but rounding, or that a rescue has spoilt, says nothing.
-        info = torch.finfo(z.dtype)
-        void = length <= (info.eps * size).clamp_min_(info.tiny)
+        void = length <= _nothing_beside(size)
         if state.skip is not None:
             void = void | (state.skip > 0)
             state = state._replace(skip=(state.skip - 1).clamp_min(0))
@@ -314,6 +313,30 @@ class SecantSolver(Solver):
         skip = spoilt if state.skip is None else torch.maximum(state.skip, spoilt)
         state = state._replace(valid=valid & ~back, skip=skip)
         return torch.where(back, state.z, z), torch.where(back, halved, fz), state
+
+
+def weight_of(f: Tally, y: Tensor, size: Tensor) -> tuple[Tensor, Tensor | None]:
+    """1 / ‖y‖, (B, 1), where the loop has seen that y is no rounding. Samples at rest get 0 if it is.
+
+    Arguments:
+        f: knows whether there are any.
+        y: the difference of residuals, (B, D).
+        size: the norm of the residual, (B,).
+
+    Returns:
+        The weights, and for whom they are 0, (B,); None: for nobody.
+    """
+    length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    if not f.rest:
+        return length.reciprocal_(), None
+    void = length[:, 0] <= _nothing_beside(size)
+    return length.reciprocal_().masked_fill_(void[:, None], 0.0), void
+
+
+def _nothing_beside(size: Tensor) -> Tensor:
+    """The norm up to which a difference is rounding, for residuals of this norm."""
+    info = torch.finfo(size.dtype)
+    return (info.eps * size).clamp_min_(info.tiny)
 
 
 def _of_valid(k: Tensor, valid: Tensor) -> Tensor:

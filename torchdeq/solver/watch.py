@@ -8,6 +8,7 @@ tensors, in which the host reads nothing.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import operator
 from collections.abc import Callable
@@ -176,16 +177,34 @@ class Glance(NamedTuple):
         """Whether they are finite, and all of them above this."""
         return self.finite and min(self.size) > least and min(self.scale) > least
 
-    def fell(self, before: Glance) -> bool:
-        """Whether every residual is clearly smaller than before."""
-        lower = [(1 - _CLEARLY) * size for size in before.size]
-        return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.lt, self.size, lower))
+    def fell(self, before: Glance, rests: list[bool] | None) -> bool:
+        """Whether every residual is clearly smaller than before.
 
-    def changed(self, before: Glance) -> bool:
-        """Whether the norm of every residual clearly is another. So the difference of the two is not rounding."""
+        Arguments:
+            before: the evaluation before.
+            rests: who rests, and so may be as before; None if nobody does.
+        """
+        lower = [(1 - _CLEARLY) * size for size in before.size]
+        if rests is None:
+            return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.lt, self.size, lower))
+        return self._each(before, rests, [size < least for size, least in zip(self.size, lower, strict=True)])
+
+    def changed(self, before: Glance, rests: list[bool] | None) -> bool:
+        """Whether the norm of every residual clearly is another, likewise. So the difference is not rounding."""
         change = map(abs, map(operator.sub, self.size, before.size))
         least = [_CLEARLY * size for size in self.size]
-        return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.gt, change, least))
+        if rests is None:
+            return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.gt, change, least))
+        return self._each(before, rests, list(map(operator.gt, change, least)))
+
+    def _each(self, before: Glance, rests: list[bool], holds: list[bool]) -> bool:
+        least = _TOO_SMALL / _CLEARLY
+        return self.finite and all(
+            (rest and size == old) or (hold and size > least and scale > least)
+            for size, scale, old, rest, hold in zip(
+                self.size, self.scale, before.size, rests, holds, strict=True
+            )
+        )
 
 
 class Watch:
@@ -200,7 +219,9 @@ class Watch:
     def __init__(self, solver: SolverLoop, start: Iterate, resolution: float):
         self.solver = solver
         self.level = rounding_level(resolution)
-        self.samples = Samples.of(start)
+        self.tol = (
+            float(ctypes.c_float(solver.tol).value) if start.size.dtype == torch.float32 else solver.tol
+        )
         self.struck: Tensor | None = None  # who was not finite just now and may try again, (B,)
         self.flag = StopFlag(late=start.z.device.type != "cpu")
         # What the host knows. On an accelerator that is the state one evaluation ago.
@@ -211,29 +232,83 @@ class Watch:
         self.done = self.count == 0
         self.knows = True  # whether it has heard of all that happened
         self.clean = False  # whether the last evaluation was the best of every sample
-        self.glance: Glance | None = None  # at the last evaluation, if it was for all and may be asked for
-        self.changed = False  # whether at the last evaluation the norm of every residual had clearly changed
-        self.fell = False  # and become smaller
+        self.glance: Glance | None = None  # at the last evaluation, if it may be asked for
+        self.before: Glance | None = None  # and at the one before
+        self._known = Samples.of(start)
+        self._now: Iterate | None = (
+            None  # the last evaluation, if all came closer; `_known` does not have it yet
+        )
+        # Who rests, and after how many evaluations, in lists as long as `_known` does not have it.
+        self._rests: list[bool] | None = None
+        self._nstep: list[int] | None = None
+        self._mask: Tensor | None = None  # (B, 1), who does not rest
+
+    @property
+    def samples(self) -> Samples:
+        """What is known up to the last evaluation."""
+        if self._now is None and self._nstep is None:
+            return self._known
+        known = self._known
+        if self._nstep is not None and self._rests is not None:
+            device = known.active.device
+            known = known._replace(
+                active=torch.tensor(self._rests, device=device).logical_not_(),
+                nstep=torch.tensor(self._nstep, device=device),
+            )
+            self._nstep = None
+        if (now := self._now) is not None:
+            known, self._now = known._replace(best=now, single=now, now=now), None
+            if self.any_stale:
+                known, self.any_stale = known._replace(stale=torch.zeros_like(known.stale)), False
+        self._known = known
+        return known
+
+    @samples.setter
+    def samples(self, known: Samples) -> None:
+        self._known, self._now, self._rests, self._nstep, self._mask = known, None, None, None, None
 
     @property
     def now(self) -> Iterate:
         """The last evaluation."""
-        return self.samples.now
+        return self._known.now if self._now is None else self._now
 
     @property
     def best(self) -> Iterate:
         """The best of each sample."""
-        return self.samples.best
+        return self._known.best if self._now is None else self._now
 
     @property
     def active(self) -> Tensor:
         """Who takes part, (B,)."""
-        return self.samples.active
+        return self._known.active if self._nstep is None else self.samples.active
 
     @property
     def failed(self) -> Tensor:
         """Who was not finite once too often, (B,)."""
-        return self.samples.failed
+        return self._known.failed
+
+    @property
+    def rests(self) -> list[bool] | None:
+        """Who does not take part; None if everybody does."""
+        if self.all_active:
+            return None
+        if self._rests is None:
+            self._rests = self._known.active.logical_not().tolist()
+        return self._rests
+
+    @property
+    def fell(self) -> bool:
+        """Whether at the last evaluation every residual had become clearly smaller; see `Glance.fell`."""
+        if self.glance is None or self.before is None:
+            return False
+        return self.glance.fell(self.before, self.rests)
+
+    @property
+    def changed(self) -> bool:
+        """Whether its norm had clearly changed; see `Glance.changed`."""
+        if self.glance is None or self.before is None:
+            return False
+        return self.glance.fell(self.before, self.rests) or self.glance.changed(self.before, self.rests)
 
     def see(self, now: Iterate, k: int, again: Callable[[], Iterate] | None = None) -> None:
         """Take note of evaluation k.
@@ -246,18 +321,14 @@ class Watch:
         asks = k % self.solver.check_every == 0
         reads = asks and self.knows and not self.flag.late
         before, self.glance = self.glance, None
-        if reads and self.all_active and self.count <= _FEW and now.size.dim() == 1:
+        self.before = before
+        if reads and now.size.dim() == 1 and 0 < len(now.size) <= _FEW:
             self.glance = Glance.at(now)
             if again is not None and not self.glance.above(_TOO_SMALL):
                 now = again()
                 self.glance = Glance.at(now)
         elif reads and again is not None and not _is_safe(now):
             now = again()
-        glance = self.glance
-        self.changed = self.fell = False
-        if glance is not None and before is not None:
-            self.fell = glance.fell(before)
-            self.changed = self.fell or glance.changed(before)
         self.clean = reads and not self.coupled and self._came_closer(now, before if self.clean else None)
         if self.clean:
             self._arrive(now, k)
@@ -285,21 +356,30 @@ class Watch:
 
     def rows(self, index: Tensor) -> Watch:
         """The watch of some of the samples, as it stands."""
-        part = copy.copy(self)
         parts: list[Any] = [
             t.rows(index) if isinstance(t, Iterate) else t[index] if t.dim() else t for t in self.samples
         ]
+        part = copy.copy(self)
         part.samples = Samples(*parts)
         part.struck = None if self.struck is None else self.struck[index]
         part.all_active, part.count = True, len(index)
-        part.glance, part.changed, part.fell = None, False, False
+        part.glance = part.before = None
         return part
 
     def _came_closer(self, now: Iterate, before: Glance | None) -> bool:
-        """Whether who takes part has come closer, and who does not stays where it was. NaN is neither."""
-        if self.glance is not None:
+        """Whether who takes part has come closer, and who does not stays where it was. NaN is neither.
+
+        Arguments:
+            now: the evaluation.
+            before: the one before, if it was the best of every sample.
+        """
+        if self.glance is not None and (before is not None or self.all_active):
             best = self.best.measure.tolist() if before is None else before.measure
-            return all(map(operator.lt, self.glance.measure, best))
+            if (rests := self.rests) is None:
+                return all(map(operator.lt, self.glance.measure, best))
+            return all(
+                a == b if rest else a < b for a, b, rest in zip(self.glance.measure, best, rests, strict=True)
+            )
         closer = now.measure < self.best.measure
         if not self.all_active:
             closer = torch.where(self.active, closer, now.measure == self.now.measure)
@@ -307,33 +387,43 @@ class Watch:
 
     def _arrive(self, now: Iterate, k: int) -> None:
         """All have come closer. So nothing can have happened but that some have arrived."""
-        solver, known = self.solver, self.samples
-        self.struck = None
-        known = known._replace(best=now, single=now, now=now)
-        if self.any_stale:
-            known, self.any_stale = known._replace(stale=torch.zeros_like(known.stale)), False
-        if (
-            k >= solver.min_iter
-            and not solver.return_final
-            and not (self.all_active and self._least(now) > solver.tol)
-        ):
+        solver = self.solver
+        self.struck, self._now = None, now
+        if k < solver.min_iter or solver.return_final:
+            return
+        if self.glance is not None:
+            measure = self.glance.measure
+            if min(measure) > self.tol:
+                return
+            rests = self.rests or [False] * len(measure)
+            new = [
+                i
+                for i, (a, rest) in enumerate(zip(measure, rests, strict=True))
+                if a <= self.tol and not rest
+            ]
+            if not new:
+                return
+            nstep = self._nstep or self._known.nstep.tolist()
+            for i in new:
+                rests[i], nstep[i] = True, k
+            self._rests, self._nstep, self._mask = rests, nstep, None
+            self.count = rests.count(False)
+        elif not self.all_active or float(now.measure.amin()) <= self.tol:
+            known = self.samples
             goes_on = known.active & (now.measure > solver.tol)
-            known = known._replace(nstep=torch.where(known.active, k, known.nstep), active=goes_on)
+            self.samples = known._replace(nstep=torch.where(known.active, k, known.nstep), active=goes_on)
             self.count = int(goes_on.sum())
-            self.done, self.all_active = self.count == 0, self.count == len(goes_on)
-        self.samples = known
-
-    def _least(self, now: Iterate) -> float:
-        """The smallest measure."""
-        return float(now.measure.amin()) if self.glance is None else min(self.glance.measure)
+        self.done, self.all_active = self.count == 0, self.count == len(now.z)
 
     def hold(self, z_next: Tensor, z: Tensor) -> Tensor:
         """z_next for the samples that take part, and z, or the best state, for those at rest."""
         if self.all_active:
             return z_next
-        if self.all_sound:
-            return torch.where(self.active[:, None], z_next, z)
-        return held(self.samples, z_next, z)
+        if not self.all_sound:
+            return held(self.samples, z_next, z)
+        if self._mask is None:
+            self._mask = self.active[:, None]
+        return torch.where(self._mask, z_next, z)
 
 
 def held(known: Samples, z_next: Tensor, z: Tensor) -> Tensor:
