@@ -107,21 +107,26 @@ class Program:
 
 
 def needed(guards: Any) -> list[bool]:
-    """Which guards are worth a look at each call: not those on this library's loop, which does not change.
+    """Which guards are worth a look at each call: not those on this library's loop, nor on private parts of torch.
 
-    A guard on anything that f names must stay, or a number that f had when it was captured would be used for ever.
+    They do not change, and are hundreds. A guard on anything that f names must stay, or a number that f had when it was
+    captured would be used for ever.
     """
-    return [not _is_ours(guard.name) for guard in guards]
+    return [not _is_fixed(guard.name) for guard in guards]
 
 
-def _is_ours(name: str) -> bool:
-    if name.startswith("G['___unnamed_scope"):  # of our named tuples, or of an f that was made by exec
-        return "['_tuple_new']" in name
-    return (
-        name.removeprefix("type(")
-        .removeprefix("dict(")
-        .startswith(("ours", "L['ours']", "G['__import_torchdeq_dot_solver", "G['__builtins_dict"))
-    )
+#: What a program closes over or finds among the globals of its module; and what torch runs a loop and a product with.
+_FIXED = re.compile(
+    r"(type\(|dict\()*"
+    r"(?:L\['(ours|solver|packing|room)'\]|(ours|solver|packing|room)(?!\w)|G\['(?!_|torch')"
+    r"|G\['__(builtins_dict|import_torchdeq_dot_solver|import_torch_dot__(dynamo|functorch|higher_order_ops))"
+    r"|(G\['__import_torch_dot_utils_dot__pytree'\]|__import__\('torch'\)\.utils\._pytree)"
+    r"|G\['___unnamed_scope.*\['_tuple_new'\])"  # the rest of that scope may be of an f that was made by exec
+)
+
+
+def _is_fixed(name: str) -> bool:
+    return _FIXED.match(name) is not None
 
 
 @contextmanager
