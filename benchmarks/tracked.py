@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         head = "# The tracked call of f and its backward pass"
         about = "Written by `benchmarks/tracked.py`, which says what is measured. Medians, with quartiles."
-        lines = [head, "", about, "", *environment(Peers()), "", *table]
+        lines = [head, "", about, "", *environment(Peers([], [], {}, [])), "", *table]
         (options.out / "tracked.md").write_text("\n".join(lines) + "\n")
 
 
