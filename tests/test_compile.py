@@ -66,11 +66,11 @@ def nothing_left_over() -> Iterator[None]:
 
 
 @contextmanager
-def graphs(at_most: int) -> Iterator[None]:
-    """At most so many graphs are made within."""
+def graphs(at_least: int, at_most: int) -> Iterator[None]:
+    """So many graphs are made within."""
     before = counters["stats"]["unique_graphs"]
     yield
-    assert counters["stats"]["unique_graphs"] - before <= at_most
+    assert at_least <= counters["stats"]["unique_graphs"] - before <= at_most
 
 
 def layer_of(n: int = 64, gain: float = 0.8) -> nn.Linear:
@@ -120,11 +120,16 @@ def agree(one: tuple[Any, ...], other: tuple[Any, ...], level: float = 1e-10) ->
 def test_the_same_solve_and_gradient_and_no_graph_more_for_other_inputs(solver: Solver) -> None:
     layer = layer_of()
     plain, compiled = DEQ(solver, ADJOINT), DEQ(solver, ADJOINT, compile=QUICK)
-    for batch, seed, more in ((3, 1, 4), (3, 2, 0), (3, 3, 0), (3, 4, 0), (3, 5, 0), (5, 6, 2), (4, 7, 0)):
+    # Forward, and the adjoint, whose space grows: at first of one size, then of any.
+    first, other = (2, 4), (2, 2)
+    none = (0, 0)
+    for batch, seed, more in (
+        (3, 1, first), (3, 2, none), (3, 3, none), (3, 4, none), (5, 5, other), (4, 6, none)
+    ):  # fmt: skip
         x = data(batch, seed)
         f = lambda z, x=x: torch.tanh(layer(z) + x)  # noqa: E731
         want = step(plain, f, torch.zeros_like(x), [layer.weight])
-        with graphs(more):
+        with graphs(*more):
             agree(step(compiled, f, torch.zeros_like(x), [layer.weight]), want)
 
 
@@ -139,9 +144,11 @@ def test_an_adjoint_is_solved_by_iterations_too_and_counts_the_products_that_wer
     layer, x = layer_of(), data(3, 1)
     seen: list[Solution] = []
     ways = [DEQ(grad=IFT(solver=solver), compile=way, on_backward=seen.append) for way in (False, QUICK)]
-    want, got = [
-        step(deq, lambda z: torch.tanh(layer(z) + x), torch.zeros_like(x), [layer.weight]) for deq in ways
-    ]
+    f = lambda z: torch.tanh(layer(z) + x)  # noqa: E731
+    with graphs(0, 0):
+        want = step(ways[0], f, torch.zeros_like(x), [layer.weight])
+    with graphs(2, 2):
+        got = step(ways[1], f, torch.zeros_like(x), [layer.weight])
     agree(got, want)
     plain, compiled = seen
     assert torch.equal(plain.nstep, compiled.nstep)
@@ -204,6 +211,28 @@ def test_parametrized_weights_are_evaluated_before_and_have_their_gradients() ->
         )
         made[-1][1].extend(buffer for buffer in inner.buffers())  # u and v, which a call changes once
     agree(made[1], made[0])
+
+
+def test_a_compiled_f_makes_its_tracked_call_compiled_too() -> None:
+    layer, x = layer_of(), data(3, 1)
+    f = lambda z: torch.tanh(layer(z) + x)  # noqa: E731
+    want = step(DEQ(Anderson(tol=1e-9), JFB()), f, torch.zeros_like(x), [layer.weight])
+    deq, g = DEQ(Anderson(tol=1e-9), JFB(), compile=QUICK), torch.compile(f, backend="eager", fullgraph=True)
+    with graphs(2, 2):  # the loop, and the call after it
+        agree(step(deq, g, torch.zeros_like(x), [layer.weight]), want)
+    with graphs(0, 0):
+        agree(step(deq, g, torch.zeros_like(x), [layer.weight]), want)
+
+
+def test_f_sees_its_globals_change_though_it_was_made_by_exec() -> None:
+    x = data(3, 1)
+    names: dict[str, Any] = {"torch": torch, "x": x, "scale": 0.5}
+    exec("def f(z):\n    return torch.tanh(scale * z + x)", names)
+    plain, compiled = DEQ(), DEQ(compile=QUICK)
+    for scale, shift in ((0.5, 0.0), (0.8, 0.0), (0.3, 0.0), (0.3, 1.0)):
+        names["scale"], names["x"] = scale, x + shift
+        want, got = (deq(names["f"], torch.zeros_like(x))[0] for deq in (plain, compiled))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_autocast_is_for_f_alone() -> None:
@@ -315,8 +344,16 @@ def test_compile_switches_it_on_and_it_is_printed_and_goes_with_copies() -> None
         assert counters["stats"]["unique_graphs"] == before + 1
 
 
+def test_compile_after_a_fixed_count_stops_when_it_has_arrived() -> None:
+    deq = DEQ(FixedPointIteration(tol=1e-3, max_iter=40), JFB(), compile="fixed")
+    assert deq(torch.cos, torch.zeros(2, 3))[1].nfe == 40
+    deq.compile(backend="eager")
+    assert repr(deq).endswith("compile={'backend': 'eager'})")
+    assert deq(torch.cos, torch.zeros(2, 3))[1].nfe < 25
+
+
 def test_an_empty_batch_is_nothing_to_compile() -> None:
-    with graphs(0):
+    with graphs(0, 0):
         z, solution = DEQ(compile=QUICK)(torch.cos, torch.zeros(0, 3))
     assert (z.shape, solution.nfe) == ((0, 3), DEQ()(torch.cos, torch.zeros(0, 3))[1].nfe)
 
@@ -352,13 +389,8 @@ def test_packing_stacks_what_is_small_and_leaves_histories_where_they_are() -> N
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_to_rounding() -> None:
     layer, x = layer_of(), data(3, 1)
-    want, got = [
-        step(
-            DEQ(Anderson(tol=1e-9), ADJOINT, compile=way),
-            lambda z: torch.tanh(layer(z) + x),
-            torch.zeros_like(x),
-            [layer.weight],
-        )
-        for way in (False, True)
-    ]
+    f = lambda z: torch.tanh(layer(z) + x)  # noqa: E731
+    want = step(DEQ(Anderson(tol=1e-9), ADJOINT), f, torch.zeros_like(x), [layer.weight])
+    with graphs(2, 4):
+        got = step(DEQ(Anderson(tol=1e-9), ADJOINT, compile=True), f, torch.zeros_like(x), [layer.weight])
     agree(got, want, level=1e-9)

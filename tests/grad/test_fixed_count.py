@@ -107,6 +107,39 @@ def test_samples_of_any_scale_of_loss_have_their_gradients() -> None:
     torch.testing.assert_close(g, weights / (1 - a.detach()) ** 2, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("solver", [GMRES(max_iter=4), Anderson(max_iter=20)], ids=["gmres", "anderson"])
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+def test_a_cotangent_that_is_not_finite_spoils_the_gradient_of_its_sample_alone(
+    solver: Solver, spoilt: float
+) -> None:
+    a = torch.full((3, 2), 0.5, dtype=F64, requires_grad=True)
+    deq = DEQ(FixedPointIteration(max_iter=60), IFT(solver=solver), compile="fixed")
+    z, _ = deq(lambda z: a * z + 1, torch.zeros(3, 2, dtype=F64))
+    (g,) = torch.autograd.grad(z, a, torch.tensor([[1.0, 1.0], [spoilt, 1.0], [1.0, 1.0]], dtype=F64))
+    assert g[1].isnan().all()
+    torch.testing.assert_close(g[[0, 2]], torch.full((2, 2), 4.0, dtype=F64))  # 1 / (1 − a)²
+
+
+def test_cotangents_that_float32_can_hardly_hold_have_their_gradients() -> None:
+    a = torch.full((3, 1), 0.5, requires_grad=True)
+    deq = DEQ(FixedPointIteration(max_iter=40), IFT(solver=GMRES(max_iter=3)), compile="fixed")
+    z, _ = deq(lambda z: a * z + 1, torch.zeros(3, 1))
+    (g,) = torch.autograd.grad(z, a, torch.tensor([[1.0], [1e-37], [0.0]]))
+    torch.testing.assert_close(g, torch.tensor([[4.0], [4e-37], [0.0]]), rtol=1e-5, atol=0)
+
+
+def test_what_f_changes_in_place_is_an_error_and_names_are_refused() -> None:
+    deq = DEQ(FixedPointIteration(max_iter=3), JFB(), compile="fixed")
+    with pytest.raises(RuntimeError, match="in place"):
+        deq(lambda z: z.mul_(0.5) + 1, torch.zeros(2, 3))
+    norm = nn.BatchNorm1d(3)
+    with pytest.raises(RuntimeError, match=r"buffer in place.*eval\(\)"):
+        deq(lambda z: norm(z) / 2, torch.randn(4, 3))
+    deq(lambda z: norm.eval()(z) / 2, torch.randn(4, 3))
+    with pytest.raises(ValueError, match="modules="):
+        DEQ(modules=[norm], compile="fixed")
+
+
 def test_a_state_of_several_leaves_and_a_system_that_is_one_sample() -> None:
     layer, x = layer_of(), data()
 
