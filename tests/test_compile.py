@@ -180,6 +180,15 @@ def test_f_may_be_a_module_or_a_partial_of_a_method() -> None:
         agree(got, want)
 
 
+def test_a_start_that_is_not_contiguous() -> None:
+    layer, x = layer_of(), data(3, 1)
+    z0 = torch.zeros(64, 3, dtype=F64).T
+    want, got = (
+        DEQ(grad=JFB(), compile=way)(lambda z: torch.tanh(layer(z) + x), z0)[0] for way in (False, QUICK)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 def test_states_of_several_leaves_and_samples_of_the_trajectory() -> None:
     layer, x = layer_of(), data(3, 1)
 

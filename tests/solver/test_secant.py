@@ -188,3 +188,39 @@ def test_the_quick_ways_make_the_same_steps_to_the_last_bit(solver, n, dtype, mo
     slow = solver(f, z0)
     assert torch.equal(fast.z, slow.z)
     assert torch.equal(fast.trace, slow.trace)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(type=1), Broyden(), Multisecant()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_samples_at_rest_leave_the_quick_ways_to_the_others(solver, dtype, monkeypatch):
+    """And change no bit of theirs. Samples arrive one after the other: sample i starts at a distance of 10^-i."""
+    w = random_matrix(8, 0.9, 3).to(dtype)
+    f = lambda z: z @ w.T  # noqa: E731
+    z0 = torch.linspace(-1, 1, 32, dtype=dtype).reshape(4, 8) * 10.0 ** -torch.arange(4)[:, None]
+    solver, at = solver.replace(tol=1e-4, max_iter=40), []
+    usual = type(solver).is_usual
+
+    def is_usual(self, z, state):
+        at.append(int(state.pairs))
+        return usual(self, z, state)
+
+    monkeypatch.setattr(type(solver), "is_usual", is_usual)
+    fast = solver(f, z0)
+    assert fast.nstep.unique().numel() >= 3
+    assert sum(pairs >= int(fast.nstep.min()) for pairs in at) >= 2
+    monkeypatch.setattr(type(solver), "is_usual", lambda *args: False)
+    slow = solver(f, z0)
+    assert torch.equal(fast.z, slow.z)
+    assert torch.equal(fast.trace, slow.trace)
+    assert torch.equal(fast.nstep, slow.nstep)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(type=1), Broyden(), Multisecant()], ids=str)
+@pytest.mark.parametrize("power", [-60, 60, 100])
+def test_steps_do_not_depend_on_the_scale_where_squares_are_beyond_float32(solver, power):
+    w = random_matrix(8, 0.9, 3).float()
+    x = torch.linspace(-1, 1, 32).reshape(4, 8)
+    solver = solver.replace(tol=1e-3, stop_mode="rel")
+    plain, scaled = (solver(lambda z, s=s: z @ w.T + s * x, torch.zeros(4, 8)) for s in (1.0, 2.0**power))
+    assert torch.equal(scaled.nstep, plain.nstep)
+    torch.testing.assert_close(scaled.rel_trace, plain.rel_trace, rtol=1e-2, atol=1e-5)

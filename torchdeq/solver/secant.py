@@ -36,6 +36,7 @@ from torchdeq._state import Map, per_sample, rough_norm
 from torchdeq.solver.base import Solver
 from torchdeq.solver.bordered import bordered_step
 from torchdeq.solver.maps import Tally, residual_of
+from torchdeq.solver.watch import TOO_LARGE, TOO_SMALL
 
 #: In a graph on a CPU inner products of so many numbers are sums in the loop that has made the vectors.
 _FUSED = 1024
@@ -234,7 +235,10 @@ class SecantSolver(Solver):
             torch.add(s, y, alpha=self.tau, out=state.u[:, slot]).mul_(weight)
             return s.mul_(weight) if self.needs_s else s, y.mul_(weight), void, state
         s, y = z - state.z, r - state.r
-        length = rough_norm(y) if reads(f) else per_sample(y)
+        length = per_sample(y)
+        if reads(f):  # as in a quick step, where that is safe
+            rough = rough_norm(y)
+            length = torch.where((rough > TOO_SMALL) & (rough < TOO_LARGE), rough, length)
         # A difference that is nothing but rounding, or that a rescue has spoilt, says nothing.
         void = length <= _nothing_beside(size)
         if state.skip is not None:

@@ -46,7 +46,7 @@ def begin(solver: SolverLoop, z0: Tensor, f: Tally, steps: int) -> Carry:
             f"FixedPointIteration, Anderson, Broyden and Multisecant do not. Or compile f alone, with torch.compile(f)."
         )
     z = z0.clone(memory_format=torch.contiguous_format)
-    state = solver.room(solver.init(z0.clone()), steps)
+    state = solver.room(solver.init(z.clone()), steps)
     count = (z.shape[0], len(f.sizes)) if solver._by_leaf(f) else (z.shape[0],)
 
     def unknown() -> Iterate:

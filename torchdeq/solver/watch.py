@@ -11,7 +11,7 @@ import copy
 import ctypes
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 _NEAR_ROUNDING = 100.0
 #: … and no residual above this part of it does, whatever the dtype: eight units of bfloat16.
 _NO_ROUNDING = 1 / 16
-#: A norm below this may have lost squares that were too small for float32.
-_TOO_SMALL = 1e-15
+#: A norm below this may have lost squares that were too small for float32 …
+TOO_SMALL = 1e-15
+#: … and from this one on, squares of a difference of two such vectors may be too large.
+TOO_LARGE = 1e18
 #: Of up to so many samples the host takes the norms as lists: two operations, where tensors need nine.
 _FEW = 256
 #: A residual that has fallen by this part of it differs from the one before by more than rounding.
@@ -178,28 +180,28 @@ class Glance(NamedTuple):
         return self.finite and min(self.size) > least and min(self.scale) > least
 
     def fell(self, before: Glance, rests: list[bool] | None) -> bool:
-        """Whether every residual is clearly smaller than before.
+        """Whether every residual is clearly smaller than before, and its difference to that one safe in float32.
 
         Arguments:
             before: the evaluation before.
             rests: who rests, and so may be as before; None if nobody does.
         """
         lower = [(1 - _CLEARLY) * size for size in before.size]
-        if rests is None:
-            return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.lt, self.size, lower))
-        return self._each(before, rests, [size < least for size, least in zip(self.size, lower, strict=True)])
+        return self._all(before, rests, map(operator.lt, self.size, lower))
 
     def changed(self, before: Glance, rests: list[bool] | None) -> bool:
         """Whether the norm of every residual clearly is another, likewise. So the difference is not rounding."""
         change = map(abs, map(operator.sub, self.size, before.size))
         least = [_CLEARLY * size for size in self.size]
-        if rests is None:
-            return self.above(_TOO_SMALL / _CLEARLY) and all(map(operator.gt, change, least))
-        return self._each(before, rests, list(map(operator.gt, change, least)))
+        return self._all(before, rests, map(operator.gt, change, least))
 
-    def _each(self, before: Glance, rests: list[bool], holds: list[bool]) -> bool:
-        least = _TOO_SMALL / _CLEARLY
-        return self.finite and all(
+    def _all(self, before: Glance, rests: list[bool] | None, holds: Iterable[bool]) -> bool:
+        if not self.finite or max(before.size) >= TOO_LARGE or max(self.size) >= TOO_LARGE:
+            return False
+        least = TOO_SMALL / _CLEARLY
+        if rests is None:
+            return min(self.size) > least and min(self.scale) > least and all(holds)
+        return all(
             (rest and size == old) or (hold and size > least and scale > least)
             for size, scale, old, rest, hold in zip(
                 self.size, self.scale, before.size, rests, holds, strict=True
@@ -324,7 +326,7 @@ class Watch:
         self.before = before
         if reads and now.size.dim() == 1 and 0 < len(now.size) <= _FEW:
             self.glance = Glance.at(now)
-            if again is not None and not self.glance.above(_TOO_SMALL):
+            if again is not None and not self.glance.above(TOO_SMALL):
                 now = again()
                 self.glance = Glance.at(now)
         elif reads and again is not None and not _is_safe(now):
@@ -442,7 +444,7 @@ def _is_safe(now: Iterate) -> bool:
     if not now.size.numel():
         return True
     low, high = torch.stack((now.size, now.scale)).aminmax()
-    return float(low) > _TOO_SMALL and float(high) < math.inf
+    return float(low) > TOO_SMALL and float(high) < math.inf
 
 
 class StopFlag:
