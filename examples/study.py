@@ -1,0 +1,270 @@
+"""What the studies of this folder share: their options, seeds with their spread, and what is written of them.
+
+A study measures one work for one seed, and says what its paper claims and how that looks in what was measured.
+`Study.main` runs it:
+
+    python examples/NAME.py [--seed N | --seeds N N N] [--quick] [--solver S] [--grad G] [--device D] [--out FOLDER]
+
+and prints a table "claim / paper / ours / does it show?". It writes NAME.md, NAME.json and NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from torchdeq import DEQ, GRADS, SOLVERS, GradMethod, Solver, as_grad, as_solver
+
+#: What was measured for a seed: numbers, or lists of numbers for curves, by name.
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a study is to be run.
+
+    Arguments:
+        seed: of data, weights and batches.
+        quick: tiny sizes: does it run?
+        solver, grad: names in `SOLVERS` and `GRADS`, in place of the study's own; None: the study's own.
+        device: where to.
+    """
+
+    seed: int = 0
+    quick: bool = False
+    solver: str | None = None
+    grad: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def forward(self, own: Solver) -> Any:
+        """The forward solver: that of the option with the limits of the study's own, or the study's own."""
+        if self.solver is None:
+            return own
+        return as_solver(self.solver, max_iter=own.max_iter, tol=own.tol, stop_mode=own.stop_mode)
+
+    def gradient(self, own: GradMethod) -> GradMethod:
+        """The gradient method, likewise."""
+        return own if self.grad is None else as_grad(self.grad)
+
+    def deq(self, solver: Solver, grad: GradMethod, **options: Any) -> DEQ:
+        """A layer of both."""
+        return DEQ(self.forward(solver), self.gradient(grad), **options)
+
+
+class Progress:
+    """A bar over what a study has to do for a seed, in steps that it announces."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.bar: Any = None
+
+    def begin(self, total: int) -> None:
+        """So many steps are to come."""
+        self.bar = tqdm(total=total, desc=self.title, leave=False, disable=None, dynamic_ncols=True)
+
+    def step(self, what: str = "") -> None:
+        """One is done; what is being done, and how it goes."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(what, refresh=False)
+            self.bar.update()
+
+    def end(self) -> None:
+        """No more."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Spread:
+    """A number over the seeds: mean, and the smallest and largest."""
+
+    def __init__(self, values: Sequence[float]):
+        self.values = [float(value) for value in values]
+        self.mean = statistics.fmean(self.values)
+
+    def cell(self, digits: int = 3, scale: float = 1.0, *, scientific: bool = False) -> str:
+        """As "0.981 (0.975–0.986)", or without a range for one seed."""
+        kind = "e" if scientific else "f"
+        mean, *ends = (
+            f"{scale * v:.{digits}{kind}}" for v in (self.mean, min(self.values), max(self.values))
+        )
+        return mean if len(self.values) == 1 else f"{mean} ({ends[0]}–{ends[1]})"
+
+
+Results = Mapping[str, Spread]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a paper says, and how to see it here.
+
+    Arguments:
+        text: the claim, in a few words.
+        paper: the paper's numbers for it.
+        ours: ours, from the results over the seeds.
+        shows: whether it shows at this scale; None where that cannot be said.
+    """
+
+    text: str
+    paper: str
+    ours: Callable[[Results], str]
+    shows: Callable[[Results], bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A work, as it is reproduced here.
+
+    Arguments:
+        name: of the file.
+        title: what is studied.
+        source: the paper.
+        smaller: what was made smaller, or is artificial.
+        claims: of the paper, each compared with what was measured.
+        measure: measures for one seed. A number gets a mean and a range over seeds; a list is a curve, for the figure.
+        tables: titles and tables (head first) of the results, below the claims.
+        draw: draws the figure from what was measured for each seed.
+    """
+
+    name: str
+    title: str
+    source: str
+    smaller: Sequence[str]
+    claims: Sequence[Claim]
+    measure: Callable[[Options, Progress], Measured]
+    tables: Callable[[Results], Sequence[tuple[str, Sequence[Sequence[str]]]]]
+    draw: Callable[[Any, Sequence[Measured]], None]
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Measure for each seed, print, write; returns 0."""
+        parser = self.parser()
+        args = parser.parse_args(arguments)
+        began, found = time.perf_counter(), []
+        seeds = args.seeds if args.seeds is not None else [args.seed]
+        for seed in seeds:
+            options = Options(
+                seed=seed, quick=args.quick, solver=args.solver, grad=args.grad, device=args.device
+            )
+            progress = Progress(f"{self.name}, seed {seed}")
+            torch.manual_seed(seed)
+            try:
+                found.append(self.measure(options, progress))
+            finally:
+                progress.end()
+        words = sys.argv[1:] if arguments is None else arguments
+        text = self.report(found, seeds, words, time.perf_counter() - began)
+        print(text)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{self.name}.md").write_text(text + "\n")
+        raw = {"seeds": list(seeds), "measured": found}
+        (args.out / f"{self.name}.json").write_text(json.dumps(raw) + "\n")
+        self.figure(args.out / f"{self.name}.png", found)
+        print(
+            f"Written: {', '.join(str(args.out / f'{self.name}.{kind}') for kind in ('md', 'json', 'png'))}"
+        )
+        return 0
+
+    def parser(self) -> argparse.ArgumentParser:
+        """Of the options that all studies have."""
+        parser = argparse.ArgumentParser(prog=f"{self.name}.py", description=f"{self.title}. {self.source}")
+        one = parser.add_mutually_exclusive_group()
+        one.add_argument("--seed", type=int, default=0, help="of data, weights and batches (default: 0)")
+        one.add_argument("--seeds", type=int, nargs="+", help="several, for the spread")
+        parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: does it run?")
+        parser.add_argument(
+            "--solver", choices=sorted(SOLVERS), help="the forward solver (default: the study's)"
+        )
+        parser.add_argument(
+            "--grad", choices=sorted(GRADS), help="the gradient method (default: the study's)"
+        )
+        parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+        parser.add_argument(
+            "--out", type=Path, default=Path("runs"), help="folder to write to (default: runs)"
+        )
+        return parser
+
+    def report(
+        self, found: Sequence[Measured], seeds: Sequence[int], words: Sequence[str], seconds: float
+    ) -> str:
+        """Everything in Markdown."""
+        results = spreads(found)
+        head = ["claim", "paper", "ours", "shows here?"]
+        rows = [[c.text, c.paper, c.ours(results), said(c.shows(results))] for c in self.claims]
+        command = " ".join(["python", f"examples/{self.name}.py", *words])
+        lines = [
+            f"# {self.title}",
+            "",
+            self.source,
+            "",
+            *grid([head, *rows]),
+            "",
+            "Made smaller, or artificial:",
+            "",
+            *(f"- {line}" for line in self.smaller),
+            "",
+        ]
+        for title, table in self.tables(results):
+            lines += [f"## {title}", "", *grid(table), ""]
+        lines += [
+            f"![Figure]({self.name}.png)",
+            "",
+            f"`{command}`; seeds {', '.join(map(str, seeds))}: the mean, and the smallest and largest. "
+            f"{datetime.date.today().isoformat()}, commit {commit()}, torch {torch.__version__}, python "
+            f"{platform.python_version()}, {torch.get_num_threads()} thread(s), {seconds:.0f} s.",
+        ]
+        return "\n".join(lines)
+
+    def figure(self, path: Path, found: Sequence[Measured]) -> None:
+        """Draw it into a file."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4), layout="constrained", dpi=110)
+        self.draw(figure, found)
+        figure.savefig(path)
+
+
+def spreads(found: Sequence[Measured]) -> Results:
+    """The numbers that each seed has, over the seeds."""
+    names = [name for name, value in found[0].items() if isinstance(value, int | float)]
+    return {name: Spread([one[name] for one in found]) for name in names}
+
+
+def grid(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table with aligned columns, head first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]]
+
+
+def said(shows: bool | None) -> str:
+    """yes, no, or cannot be said."""
+    return "cannot be said" if shows is None else "yes" if shows else "**no**"
+
+
+def commit() -> str:
+    """The commit of this checkout, and whether what is tracked of the library differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+        )
+        state = subprocess.run(
+            [*git, "status", "--porcelain", "--", ":/torchdeq"], check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return name.stdout.strip() + (" with changes" if state.stdout.strip() else "")
