@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
 
 import solver_memory
 from allocator import allocations
@@ -104,6 +105,14 @@ class Problem:
         return states[-1].square().sum()
 
 
+class Checkpointed(Problem):
+    """The same, evaluated again for its backward pass."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        image: Tensor = checkpoint(super().__call__, z, use_reentrant=False)
+        return image
+
+
 def measure(problem: Problem, method: GradMethod, solver: Solver) -> Bytes:
     """One step by a gradient method of ours."""
     return measure_step(problem, functools.partial(problem.forward, method, solver))
@@ -143,6 +152,11 @@ def run(problem: Problem, counts: Sequence[int], old: ModuleType | None) -> dict
         repr(method): [measure(problem, method, kind(max_iter=k, tol=0.0, patience=0)) for k in counts]
         for method, kind in METHODS
     }
+    # No graph at all is kept of an f that is checkpointed.
+    bare = Checkpointed(problem.w, problem.x)
+    found["IFT(), f checkpointed"] = [
+        measure(bare, IFT(), FixedPointIteration(max_iter=k, tol=0.0, patience=0)) for k in counts
+    ]
     for options in OLD if old is not None else ():
         name = f"0.1.0 get_deq({', '.join(f'{k}={v}' for k, v in options.items())})"
         found[name] = [measure_step(problem, theirs(options, k)) for k in counts]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from torchdeq import (
     DEQ,
@@ -237,6 +238,26 @@ def test_what_is_held_for_the_backward_pass_is_the_graph_of_so_many_calls_of_f(a
     few, many = (held_by(allocator, deep, grad, k)[0] for k in (6, 30))
     assert (graphs - 0.5) * one <= few <= graphs * one + 3 + SMALL
     assert many - few <= SMALL
+
+
+class Checkpointed(Deep):
+    """Which keeps no graph, and is evaluated again for its backward pass."""
+
+    def forward(self, z):
+        return checkpoint(super().forward, z, use_reentrant=False)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_graph_is_held_of_an_f_that_is_checkpointed(allocator, deep, order):
+    torch.manual_seed(0)
+    bare, method = Checkpointed(), IFT(order=order)
+    assert held_by(allocator, bare, method, 6)[0] <= 3 * order + SMALL
+    want, got = (torch.autograd.grad(_loss(f, method), f.scale)[0] for f in (deep, bare))
+    assert torch.equal(got, want)
+
+
+def _loss(f, method):
+    return DEQ(grad=method)(f, torch.zeros(BATCH, SIZE))[0].sum()
 
 
 def test_the_backward_pass_evaluates_f_once_more_or_not_at_all(allocator, deep):

@@ -6,9 +6,10 @@
 Sources: Liao et al. (2018), arXiv 1803.06396 (recurrent back-propagation); Bai, Kolter and Koltun (2019),
 arXiv 1909.01377, theorem 1; Rajeswaran et al. (2019), arXiv 1909.04630.
 
-One tracked call f(z*) carries u on to parameters and inputs, whatever they are. The error of the gradient is of
-first order in the forward residual; that of u is at most ‖g − (I − Jᵀ) u‖ / (1 − ‖J‖). Derivatives up to order k take
-k tracked calls, at states that are lifted; see `torchdeq.grad.lift`.
+One tracked call f(z*) carries u on to parameters and inputs, whatever they are. Its graph is all that is kept for the
+backward pass, and not even that is if f is checkpointed, by `torch.utils.checkpoint`. The error of the gradient is of
+first order in the forward residual; that of u is at most ‖g − (I − Jᵀ) u‖ / (1 − ‖J‖). Derivatives up to order k take k
+tracked calls, at states that are lifted; see `torchdeq.grad.lift`.
 """
 
 from __future__ import annotations
