@@ -12,6 +12,7 @@ something once before, so that what is made only once, such as a work space, doe
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 CALL = "a call of f"
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to stderr for each run
 
 
 class Marked:

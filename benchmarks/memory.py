@@ -274,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_report(args.out / "memory.md", problem, counts, states, found, missing)
     write_plot(args.out / "memory.png", problem, counts, found)
+    print((args.out / "memory.md").read_text(encoding="utf-8"))
+    print(f"Written: {args.out / 'memory.md'}, {args.out / 'memory.png'}")
 
 
 if __name__ == "__main__":
