@@ -99,12 +99,22 @@ def main(args: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small, and without AOTInductor")
+    parser.add_argument("--out", type=Path, help="where to write export.md; nowhere if it is not given")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
+    where = environment(Peers([], [], {}, []))  # before the run, for the code that is loaded
     rows = measure(options.quick, 2 if options.quick else 50, not options.quick)
-    print(*environment(Peers([], [], {}, [])), "", sep="\n")
-    print(f"Anderson, relative residual {TOL:g}, float32. Median (quartiles) of turns.", "", sep="\n")
-    print(*grid(HEAD, rows), sep="\n")
+    about = f"Anderson, relative residual {TOL:g}, float32. Median (quartiles) of turns."
+    lines = [*where, "", about, "", *grid(HEAD, rows)]
+    print(*lines, sep="\n")
+    if options.out:
+        head = [
+            "# Exported programs",
+            "",
+            "Written by `benchmarks/export.py`, which says what is measured.",
+            "",
+        ]
+        (options.out / "export.md").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
