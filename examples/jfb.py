@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
-        return cls(8, 2, (1e-2,), 1) if options.quick else cls(16, 12, (3e-3, 1e-2, 3e-2), 8)
+        return cls(8, 2, (1e-2,), 1) if options.quick else cls(16, 10, (3e-3, 1e-2, 3e-2), 8)
 
 
 class Trained(NamedTuple):

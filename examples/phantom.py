@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
-        return cls(8, 1, 8, 1, (1e-2,), 1) if options.quick else cls(32, 8, 12, 6, (5e-3, 1e-2, 2e-2), 15)
+        return cls(8, 1, 8, 1, (1e-2,), 1) if options.quick else cls(32, 4, 12, 4, (5e-3, 1e-2, 2e-2), 15)
 
 
 # Random contractions --------------------------------------------------------------------------------------
