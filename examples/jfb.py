@@ -284,7 +284,9 @@ def draw(figure: Any, found: Sequence[Measured]) -> None:
     epochs.legend()
     bound = (1 - GAMMA**2) ** 0.5
     angle.axhline(bound, color="grey", linestyle=":", label="√(1 − γ²), the bound for u")
-    angle.set(title="cosine of JFB's gradient to the exact one", xlabel="step", ylim=(bound - 0.02, 1.005))
+    angle.set(
+        title="JFB's gradient and the exact one", xlabel="step", ylabel="cosine", ylim=(bound - 0.02, 1.005)
+    )
     angle.legend(loc="lower right")
 
 

@@ -408,11 +408,13 @@ def draw(figure: Any, found: Sequence[Measured]) -> None:
     for form, style in (("unrolled", "-"), ("Neumann", "--")):
         for n, k in enumerate(STEPS):
             values = [mean(*(key(kind, e, form, k, 1.0) for kind in KINDS)) for e in FORWARD]
-            by_forward.plot(FORWARD, values, style, color=f"C{n}", marker=".", label=f"{form}, k = {k}")
-    by_steps.set(title="cosine at the fixed point", xlabel="steps k", ylim=(None, 1.01))
-    by_forward.set(title="cosine after a short forward solve, τ = 1", xlabel="its evaluations", xscale="log")
+            label = f"k = {k}" if form == "unrolled" else None
+            by_forward.plot(FORWARD, values, style, color=f"C{n}", marker=".", label=label)
+    by_forward.plot([], [], "--", color="grey", label="Neumann form")
+    by_steps.set(title="at the fixed point", xlabel="steps k", ylabel="cosine to the exact gradient")
+    by_forward.set(title="after a short forward solve, τ = 1", xlabel="its evaluations", xscale="log")
     for axes in (by_steps, by_forward):
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="lower right")
     for n, tau in enumerate(DAMPING):
         points = [(mean(f"{arm(k, tau)} cost"), mean(arm(k, tau))) for k in STEPS]
         trained.plot(*zip(*points, strict=True), color=f"C{n}", marker="o", label=f"unrolled, τ = {tau}")

@@ -10,10 +10,11 @@ of R from z* takes the place of the exact one: no system to solve, and the memor
 Q is two convolutions with batch normalisation, R a residual block of two convolutions, S batch normalisation, a pool
 and a linear map. `constrain` scales W₁ and W₂ down where their norms, as operators on images, have grown above √γ.
 
-Source: Fung, Heaton, Li, McKenzie, Osher and Yin (2022), arXiv 2103.12803. Departures: the paper's R ends with γ, and
-it estimates R's Lipschitz constant from a random perturbation; here the norms of the convolutions are followed by power
-iteration, which bounds it for all z. The R of its Jacobian-free networks has batch normalisation inside, which its
-Jacobian-based ones leave out, as it couples the images of a batch; this one has none, so that both train one network.
+Source: Fung, Heaton, Li, McKenzie, Osher and Yin (2022), arXiv 2103.12803. Departures from the authors' program: there R
+ends with a factor γ, and its Lipschitz constant is estimated from a random perturbation; here the norms of the
+convolutions are followed by power iteration, which bounds it for all z. There R has batch normalisation inside in
+Jacobian-free networks, but not in Jacobian-based ones, as it couples the images of a batch; here it has none, so that
+both train one network.
 """
 
 from __future__ import annotations
