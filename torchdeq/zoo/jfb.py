@@ -10,8 +10,8 @@ of R from z* takes the place of the exact one: no system to solve, and the memor
 Q is two convolutions with batch normalisation, R a residual block of two convolutions, S batch normalisation, a pool
 and a linear map. `constrain` scales W₁ and W₂ down where their norms, as operators on images, have grown above √γ.
 
-Source: Fung, Heaton, Li, McKenzie, Osher and Yin (2022), arXiv 2103.12803. Departures from the authors' program: there R
-ends with a factor γ, and its Lipschitz constant is estimated from a random perturbation; here the norms of the
+Source: Fung, Heaton, Li, McKenzie, Osher and Yin (2022), arXiv 2103.12803. Departures from its authors' program: there
+R ends with a factor γ, and its Lipschitz constant is estimated from a random perturbation; here the norms of the
 convolutions are followed by power iteration, which bounds it for all z. There R has batch normalisation inside in
 Jacobian-free networks, but not in Jacobian-based ones, as it couples the images of a batch; here it has none, so that
 both train one network.
