@@ -34,6 +34,7 @@ from torchdeq import (
     Reversible,
     Solution,
     Solver,
+    SolverModule,
     Status,
     Unroll,
     apply_norm,
@@ -305,19 +306,36 @@ def test_what_torch_cannot_capture_is_said_with_the_line() -> None:
     [
         (lambda z: z[:, :3], "f returned shape"),
         (lambda z: z.double(), "f returned dtype"),
+        (lambda z: z > 0, "f returned dtype"),
         (lambda z: z.mul_(0.5) + 1, "changed its argument in place"),
         (lambda z: z @ torch.ones(3, 3), "cannot be multiplied"),
     ],
-    ids=["shape", "dtype", "in place", "its own"],
+    ids=["shape", "dtype", "bool", "in place", "its own"],
 )
 def test_what_is_wrong_with_f_is_said_as_without(f: Callable[[Tensor], Tensor], message: str) -> None:
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         DEQ(compile=QUICK)(f, torch.zeros(2, 4))
 
 
+def test_a_structure_with_more_in_it_is_an_error_as_without() -> None:
+    with pytest.raises(TypeError, match="f returned the structure"):
+        DEQ(compile=QUICK)(lambda s: {**s, "more": s["a"]}, {"a": torch.zeros(2, 4)})
+
+
+class _Learned(SolverModule):
+    fixed_shape, separate = True, False
+
+    def init(self, z: Tensor) -> None:
+        return None
+
+    def step(self, f: Any, z: Tensor, fz: Tensor, state: None) -> tuple[Tensor, None]:
+        return fz, None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"solver": _Learned()}, "a module may change"),
         ({"solver": NewtonKrylov()}, "NewtonKrylov.* cannot be compiled"),
         ({"solver": Anderson(compact=True)}, "compact=False"),
         ({"eval_solver": NewtonKrylov()}, "NewtonKrylov.* cannot be compiled"),

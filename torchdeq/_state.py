@@ -129,7 +129,7 @@ class Layout:
                     f"{tuple(shape)}. A fixed point z = f(z) needs f to keep the shape of z: check for "
                     f"a missing or an extra dimension, and that z0 has the batch size of the input."
                 )
-            if leaf.dtype != dtype and not _fits(leaf.dtype, dtype):
+            if leaf.dtype != dtype and not fits(leaf.dtype, dtype):
                 wider = leaf.is_floating_point() or leaf.is_complex()
                 raise TypeError(
                     f"{source} returned dtype {leaf.dtype}{where}, but the state has dtype {dtype}. "
@@ -371,7 +371,7 @@ def _from_columns(columns: Tensor, shape: torch.Size, dtype: torch.dtype) -> Ten
     return columns.reshape(shape).to(dtype)
 
 
-def _fits(got: torch.dtype, state: torch.dtype) -> bool:
+def fits(got: torch.dtype, state: torch.dtype) -> bool:
     """Whether a value of dtype `got` goes into the state without loss (autocast returns half floats)."""
     return torch.promote_types(got, state) == state and (got.is_floating_point or got.is_complex)
 

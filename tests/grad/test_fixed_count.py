@@ -19,6 +19,7 @@ from torchdeq import (
     Anderson,
     BiCGSTAB,
     Broyden,
+    ConvergenceWarning,
     FixedPointIteration,
     Multisecant,
     NewtonKrylov,
@@ -138,6 +139,42 @@ def test_what_f_changes_in_place_is_an_error_and_names_are_refused() -> None:
     deq(lambda z: norm.eval()(z) / 2, torch.randn(4, 3))
     with pytest.raises(ValueError, match="modules="):
         DEQ(modules=[norm], compile="fixed")
+
+
+def test_an_f_that_has_changed_before_the_backward_pass_is_an_error() -> None:
+    layer, x, scale = layer_of(), data(), 0.9
+    deq = DEQ(Anderson(max_iter=5), IFT(solver=GMRES(max_iter=3)), compile="fixed")
+    z, _ = deq(lambda z: torch.tanh(scale * layer(z) + x), torch.zeros_like(x))
+    scale = 0.2
+    with pytest.raises(RuntimeError, match="f gave another value in the backward pass"):
+        z.sum().backward()
+
+
+def test_leaves_are_measured_apart_if_the_norm_says_so() -> None:
+    f = lambda s: {"big": 0 * s["big"] + 1e3, "small": s["small"].cos()}  # noqa: E731
+    z0 = {"big": torch.zeros(1, 100), "small": torch.zeros(1, 1)}
+    solver = FixedPointIteration(max_iter=5, tol=1e-3, stop_mode="rel", norm="max")
+    got = DEQ(solver, JFB(), compile="fixed")(f, z0)[1]
+    with pytest.warns(ConvergenceWarning):
+        want = DEQ(solver, JFB())(f, z0)[1]
+    assert got.status.tolist() == [Status.MAX_ITER]
+    assert float(got.residual) > 0.1
+    torch.testing.assert_close(got.residual, want.residual)
+
+
+@pytest.mark.parametrize(
+    "returned", [None, [1.0], torch.ones(2, 3, dtype=torch.bool)], ids=["none", "list", "bool"]
+)
+def test_what_f_returns_is_looked_at(returned: Any) -> None:
+    with pytest.raises(TypeError, match="f returned"):
+        DEQ(FixedPointIteration(max_iter=2), JFB(), compile="fixed")(lambda z: returned, torch.zeros(2, 3))
+
+
+def test_what_is_returned_is_not_the_callers_memory() -> None:
+    z0 = torch.zeros(2, 3)
+    z, solution = DEQ(FixedPointIteration(max_iter=1), JFB(), compile="fixed")(lambda z: z, z0)
+    for part in (z, solution.z):
+        assert part.untyped_storage().data_ptr() != z0.untyped_storage().data_ptr()
 
 
 def test_a_state_of_several_leaves_and_a_system_that_is_one_sample() -> None:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from torchdeq._held import modules_of
 from torchdeq._replay import AutocastState
-from torchdeq._state import Tree, layout_of, per_sample
+from torchdeq._state import Layout, Tree, layout_of, per_sample
 from torchdeq.grad.adjoint import scales_of
 from torchdeq.grad.base import GradMethod
+from torchdeq.grad.fingerprint import Fingerprint
 from torchdeq.grad.ift import IFT
 from torchdeq.grad.jfb import JFB
 from torchdeq.grad.phantom import PhantomGrad
@@ -32,7 +33,7 @@ from torchdeq.solver.affine import AffineSolver
 from torchdeq.solver.base import SolverLoop, unravel_solution
 from torchdeq.solver.gmres import GMRES
 from torchdeq.solver.programs import Bound, Seen, Shifted
-from torchdeq.solver.watch import relative
+from torchdeq.solver.watch import leaf_max, relative
 
 
 def solve_fixed(
@@ -49,27 +50,31 @@ def solve_fixed(
         evaluation. Its traces have that one row.
 
     Raises:
-        RuntimeError: f changes its argument or its buffers in place; seen where no graph is being made.
+        RuntimeError: f changes its argument or its buffers in place; or gives another value in the backward pass. Seen
+            where no graph is being made, and so are the errors of `FlatMap`.
     """
     layout = layout_of(z0, batch_dims)
-    start = layout.ravel(z0, source="z0").detach()
+    start = layout.ravel(z0, source="z0").detach().clone()  # the state that is returned may be this one
     amp = AutocastState.capture(start.device)
     seen = Seen(layout, amp)
-    map_: Any = Bound(seen, f if torch.compiler.is_compiling() else _watched(f))
+    graph = torch.compiler.is_compiling()
+    map_: Any = Bound(seen, f if graph else _watched(f, layout))
     with amp.off():
         with torch.no_grad():
             z = _iterated(solver, map_, start, solver.max_iter - 1)
         fz = map_(z)
-        solution = _told(solver, z, fz.detach())
+        solution = _told(solver, z, fz.detach(), map_)
         if isinstance(method, IFT):
-            out = _Implicit.apply(fz, z, lambda z, g: _adjoint(method.solver, seen, f, z, g))
+            with amp.on():
+                mark = None if graph else Fingerprint.of(fz.detach(), layout)
+            out = _Implicit.apply(fz, z, lambda z, g: _adjoint(method.solver, seen, f, z, g, mark))
         else:
             (out,) = method.attach(lambda u: fz if u is z else map_(u), z)
     return layout.unravel(out), unravel_solution(solution, layout)
 
 
-def _watched(f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
-    """f, with a look at what its first call has changed."""
+def _watched(f: Callable[[Tree], Tree], layout: Layout) -> Callable[[Tree], Tree]:
+    """f, with a look at what its first call has changed, and at what it has returned."""
     buffers = [buffer for module in modules_of(f) for buffer in module.buffers()]
     first = True
 
@@ -86,6 +91,7 @@ def _watched(f: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
                 "evaluation. Return a new tensor; call eval() on modules with running statistics; or use "
                 "DEQ(compile=False), which changes buffers once for a solve."
             )
+        layout.ravel(image)
         return image
 
     return call
@@ -138,10 +144,23 @@ def _iterated(solver: SolverLoop, f: Any, z: Tensor, steps: int) -> Tensor:
     return z
 
 
-def _adjoint(solver: SolverLoop, seen: Seen, f: Callable[[Tree], Tree], z: Tensor, g: Tensor) -> Tensor:
-    """u with u = Jᵀ u + g, after `max_iter` products, (B, D). It is NaN for a sample whose g is not finite."""
+def _adjoint(
+    solver: SolverLoop,
+    seen: Seen,
+    f: Callable[[Tree], Tree],
+    z: Tensor,
+    g: Tensor,
+    mark: Fingerprint | None,
+) -> Tensor:
+    """u with u = Jᵀ u + g, after `max_iter` products, (B, D). It is NaN for a sample whose g is not finite.
+
+    Arguments:
+        mark: of f(z) as it was.
+    """
     size, weight, known = scales_of(per_sample(g))
     map_ = Shifted(seen, f, (z, weight, g / size))
+    if mark is not None:
+        mark.check(map_.fz, "DEQ(compile='fixed')")
     if isinstance(solver, AffineSolver):
         u = _searched(solver, map_, map_.b, solver.max_iter)
     else:
@@ -173,12 +192,11 @@ def _searched(solver: AffineSolver, map_: Shifted, b: Tensor, products: int) -> 
     return u
 
 
-def _told(solver: SolverLoop, z: Tensor, fz: Tensor) -> Solution:
+def _told(solver: SolverLoop, z: Tensor, fz: Tensor, f: Any) -> Solution:
     """The account, from the last evaluation."""
-    size, scale = per_sample(fz - z), per_sample(fz)
-    ratio = relative(size, scale)
-    measure = ratio if solver.stop_mode == "rel" else size
-    status = torch.full_like(size, Status.MAX_ITER, dtype=torch.int64)
+    _, size, scale, measure = solver._measured(z, fz, f)
+    size, ratio = leaf_max(size), leaf_max(relative(size, scale))
+    status = torch.full_like(measure, Status.MAX_ITER, dtype=torch.int64)
     status = status.masked_fill(measure <= solver.tol, Status.CONVERGED)
     status = status.masked_fill(~measure.isfinite(), Status.NON_FINITE)
     return Solution(

@@ -52,7 +52,8 @@ class IFT(GradMethod):
     Arguments:
         solver: solves the linear systems, of cotangents and of tangents. Its `tol` is relative to the norm of the
             right-hand side, per sample. Krylov solvers need the fewest products with Jᵀ; any solver works, for a
-            `MonotoneMap` also `PeacemanRachford`, which uses the inverse of its forward solve again.
+            `MonotoneMap` also `PeacemanRachford`, which uses the inverse of its forward solve again. In float32 a
+            sample whose cotangent is below 1e-19 of the largest one in its batch counts as one without.
         hook: False: the backward pass evaluates f once more at z* and solves on that graph, in an
             autograd Function. True: it solves on the graph of the forward's tracked call, in a tensor
             hook: one evaluation less, while that graph is kept alive between forward and backward. Not within a

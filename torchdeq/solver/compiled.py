@@ -55,6 +55,11 @@ class Compiled(SolverLoop):
                 f"Anderson, Broyden and Multisecant can, with compact=False, and in the adjoint GMRES too. Or compile "
                 f"f alone: DEQ(compile=False) and torch.compile(f)."
             )
+        if isinstance(solver, torch.nn.Module):
+            raise TypeError(
+                f"{solver!r} cannot be compiled: a solver that is a module may change, and a graph would keep the "
+                f"numbers that it had. Use DEQ(compile=False)."
+            )
         self.solver = solver
         self.graphs = graphs
 
@@ -156,7 +161,8 @@ class _Forward:
     def _plan(self, tally: Tally, z0: Tensor, room: int) -> Plan:
         layout, amp = self.f.layout, tally.amp
         shapes = tuple(tuple(shape)[layout.depth == 1 :] for shape in layout.shapes)
-        key = (self.solver, layout.spec, shapes, layout.dtypes, layout.dtype, layout.depth, amp, room)
+        form = (layout.spec, shapes, layout.dtypes, layout.dtype, layout.depth)
+        key = (self.solver, *form, amp, room, z0.device)
         plan: Plan = self.graphs.kept(key, lambda: Plan(key, self.solver, Seen(layout, amp), z0, room))
         return plan
 

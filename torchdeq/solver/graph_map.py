@@ -142,5 +142,7 @@ def leaves_of(plan: Plan, tree: Tree) -> list[Tensor]:
     if isinstance(plan, int):
         return [tree]
     kind, keys, plans = plan
+    if len(tree) != len(plans):
+        raise ValueError("f changes the structure of the state")  # FlatMap says it better
     parts = [tree[key] for key in keys] if issubclass(kind, dict) else list(tree)
     return [leaf for part, inner in zip(plans, parts, strict=True) for leaf in leaves_of(part, inner)]

@@ -174,6 +174,10 @@ def captured(flat: FlatMap, z: Tensor) -> Iterator[Callable[..., Any]]:
             yield f.f
     except RuntimeError as error:  # of torch's compiler, in a module that takes a second to import
         if not _is_of_capture(error):
+            if "functorch" in str(error) or "torch.func" in str(error):
+                error.add_note(
+                    "A compiled solve takes products with Jᵀ by torch.func. Use DEQ(compile=False)."
+                )
             raise
         flat(z)  # an error of f itself says more
         raise RuntimeError(

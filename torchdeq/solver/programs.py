@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._higher_order_ops import while_loop
 
 from torchdeq._replay import AutocastState
-from torchdeq._state import Layout
+from torchdeq._state import Layout, fits
 from torchdeq.solution import Status
 from torchdeq.solver.graph_map import GraphMap, leaves_of
 from torchdeq.solver.packing import Packing
@@ -64,7 +64,7 @@ class Bound(GraphMap):
         """The user's f. What it returns is checked while it is traced."""
         image = self.user(tree)
         for new, old in zip(leaves_of(self.plan, image), leaves_of(self.plan, tree), strict=True):
-            if new.shape != old.shape or torch.promote_types(new.dtype, old.dtype) != old.dtype:
+            if new.shape != old.shape or not fits(new.dtype, old.dtype):
                 raise ValueError("f changes shapes or dtypes of the state")  # FlatMap says it better
         return image
 
@@ -76,7 +76,8 @@ class Shifted:
         self.map = Bound(ours, user)
         self.sizes = self.map.sizes
         z, self.weight, self.b = at[:3]
-        self.pull: Any = torch.func.vjp(self.map, z)[1]
+        made: Any = torch.func.vjp(self.map, z)
+        self.fz, self.pull = made
 
     def product(self, u: Tensor) -> Tensor:
         """Jᵀ(w u) / w."""
