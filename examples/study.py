@@ -208,11 +208,15 @@ class Study:
             "",
             self.source,
             "",
+            "<!-- --8<-- [start:claims] -->",
+            "",
             *grid([head, *rows]),
             "",
             "Made smaller, or artificial:",
             "",
             *(f"- {line}" for line in self.smaller),
+            "",
+            "<!-- --8<-- [end:claims] -->",
             "",
         ]
         for title, table in self.tables(results):

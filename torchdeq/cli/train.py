@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchdeq import DEQ, ConvergenceWarning, FixedPointIteration, as_solver
+from torchdeq.cli import works
 from torchdeq.cli.config import TrainConfig, add_options
 from torchdeq.cli.errors import UsageError, need
 from torchdeq.cli.folder import METRICS, PLOT, TABLE, RunFolder
@@ -53,6 +54,7 @@ def add_to(subparsers: Any) -> None:
             "--overwrite", action="store_true", help="start over in --out, although it holds a run"
         )
         parser.set_defaults(run=run, task=name)
+    works.add_to(tasks)
 
 
 def run(args: argparse.Namespace) -> int:
