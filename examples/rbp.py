@@ -290,12 +290,26 @@ def percent(*names: str) -> Callable[[Results], str]:
     return lambda r: " against ".join(r[name].cell(1, 100) for name in names)
 
 
+def failures(r: Results) -> int:
+    """For how many seeds RBP is worse than Neumann-RBP with the fewest steps."""
+    return sum(worse > ROUGH for worse in r["RBP worse"].values)
+
+
+def same(r: Results, name: str, digits: int = 0) -> str:
+    """A number that is the same for all seeds, or as a spread."""
+    values = r[name].values
+    return f"{values[0]:.{digits}f}" if len(set(values)) == 1 else r[name].cell(digits)
+
+
 CLAIMS = [
     Claim(
         text=f"RBP can be unstable: trained with K = {FEW[0]} it recalls worse than Neumann-RBP (wrong pixels, %)",
         paper="stated",
-        ours=percent(f"RBP wrong {FEW[0]}", f"Neumann-RBP wrong {FEW[0]}"),
-        shows=lambda r: min(r["RBP worse"].values) > ROUGH,
+        ours=lambda r: (
+            f"{percent(f'RBP wrong {FEW[0]}', f'Neumann-RBP wrong {FEW[0]}')(r)}; by more than {ROUGH:.0%} in "
+            f"{failures(r)} of {len(r['RBP worse'].values)}"
+        ),
+        shows=lambda r: failures(r) > 0,  # that it can be, not that it always is
     ),
     Claim(
         text=f"Neumann-RBP with K = {TERMS} trains as well as BPTT (wrong pixels, %)",
@@ -321,7 +335,9 @@ CLAIMS = [
     Claim(
         text=f"its memory does not grow with K, that of TBPTT does, linearly (KiB a step, to K = {ORDERS[-1]})",
         paper="constant, linear",
-        ours=lambda r: f"{r['Neumann-RBP late growth'].cell(2)} against {r['TBPTT late growth'].cell(2)}",
+        ours=lambda r: " against ".join(
+            same(r, f"{name} late growth", 1) for name in ("Neumann-RBP", "TBPTT")
+        ),
         shows=lambda r: (
             all(max(r[f"Neumann-RBP {half} growth"].values) == 0 for half in ("early", "late"))
             and min(r["TBPTT late growth"].values) > 0
@@ -344,11 +360,11 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
     for name in NAMES:
         rates = " ".join(f"{rate:g}" for rate in dict.fromkeys(r[f"{name} rate"].values))
         size = f"{name} KiB {TERMS}" if name in TRUNCATED else f"{name} KiB"
-        held = r[size].cell(0) if size in r else ""
+        held = same(r, size)
         cells = [r[f"{name} loss"].cell(3), r[f"{name} wrong"].cell(1, 100), r[f"{name} ms"].cell(1), held]
         rows.append([f"{name}, GMRES" if name == OURS else name, rates, *cells])
     title = (
-        f"{r['steps'].cell(0)} training steps, K = {TERMS}; {r['damage'].cell(1, 100)} % of the pixels of a damaged "
+        f"{same(r, 'steps')} training steps, K = {TERMS}; {r['damage'].cell(1, 100)} % of the pixels of a damaged "
         f"image are wrong"
     )
     found = [(title, [head, *rows])]
@@ -378,35 +394,27 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
 
 
 def draw(figure: Any, found: Sequence[Measured]) -> None:
-    """The loss on the way, errors of gradients, and memory."""
-    loss, error, held = figure.subplots(1, 3)
+    """What is recalled, errors of gradients, and memory."""
+    recalled, error, held = figure.subplots(1, 3)
     colors = {name: f"C{n}" for n, name in enumerate(NAMES)}
     # Where two say the same, the second is dashed, so that both can be seen.
-    styles = dict.fromkeys(NAMES, "-") | {"Neumann-RBP": "--", OURS: ":"}
-    for n, one in enumerate(found):
-        for name in NAMES:
-            label = None if n else name
-            loss.plot(
-                one[f"{name} curve"], color=colors[name], linestyle=styles[name], alpha=0.6, label=label
-            )
+    styles = dict.fromkeys(NAMES, "-") | {"Neumann-RBP": "--"}
+    orders = [*FEW, TERMS]
+    for one in found:
         for name in TRUNCATED:
-            curve = one[f"{name} error random curve"]
-            error.plot(
-                one["orders"], curve, color=colors[name], linestyle=styles[name], marker=".", alpha=0.7
-            )
-    for name in ("BPTT", *TRUNCATED):
-        curve = found[0][f"{name} KiB curve"]
-        held.plot(
-            found[0]["orders"], curve, color=colors[name], linestyle=styles[name], marker=".", label=name
-        )
-    loss.set(title="training", xlabel="step", ylabel="mean absolute error", yscale="log")
-    loss.legend(fontsize="small")
-    error.set(
-        title=f"gradient, random weights of radius {WANTED}",
-        xlabel="K",
-        ylabel="relative error",
-        yscale="log",
+            style = {"color": colors[name], "linestyle": styles[name], "marker": ".", "alpha": 0.7}
+            recalled.plot(orders, [100 * one[f"{name} wrong {k}"] for k in orders], **style)
+            error.plot(one["orders"], one[f"{name} error random curve"], **style)
+        recalled.axhline(100 * one["BPTT wrong"], color=colors["BPTT"], alpha=0.3, linewidth=4)
+    one = found[0]
+    held.plot(
+        one["orders"], one["BPTT KiB curve"], color=colors["BPTT"], alpha=0.3, linewidth=6, label="BPTT"
     )
+    for name in TRUNCATED:
+        curve = one[f"{name} KiB curve"]
+        held.plot(one["orders"], curve, color=colors[name], linestyle=styles[name], marker=".", label=name)
+    recalled.set(title="recalled by trained memories", xlabel="K", ylabel="wrong pixels, %", ylim=(0, None))
+    error.set(title=f"gradient, radius {WANTED}", xlabel="K", ylabel="relative error", yscale="log")
     held.set(title="held by autograd", xlabel="K (BPTT: all steps)", ylabel="KiB", ylim=(0, None))
     held.legend(fontsize="small")
 
