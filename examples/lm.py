@@ -7,7 +7,7 @@ from a probabilistic grammar with agreement of number across relative clauses, w
 solved for its equilibrium, stacked with tied weights, which are then as many, and stacked with weights of its own in
 each layer, narrower so that they are as many. All models get the same grid of learning rates, tried for the same
 seconds of the processor. The equilibrium makes a fixed number of training steps; a stack is read after as many, and
-after as many seconds. A seed takes two to three minutes on one core.
+after as many seconds. A seed takes about four minutes on one core.
 
 Source: Bai, Kolter and Koltun (2019), Deep Equilibrium Models, arXiv 1909.01377.
 
@@ -38,7 +38,7 @@ WIDTH, HEADS = 32, 2
 SOLVER = Broyden(tol=1e-2, stop_mode="rel", max_iter=20)
 ADJOINT = GMRES(tol=1e-2, max_iter=20)
 RATES = (4e-3, 1e-2)
-TRIAL = 1.2  # seconds of the processor for trying a rate
+TRIAL = 1.8  # seconds of the processor for trying a rate
 DEPTHS = (2, 4, 8)
 STACKS = [f"{kind} {depth}" for kind in ("tied", "untied") for depth in DEPTHS]
 EVALUATIONS = (4, 8, 16, 32)  # of a solve whose memory is looked at
@@ -314,8 +314,8 @@ def measure(options: Options, progress: Progress) -> Measured:
     found: Measured = {}
     quick = options.quick
     tasks: dict[str, tuple[Task, int, int]] = {
-        "copy": (Copy(2, 2) if quick else Copy(), 16, 3 if quick else 180),
-        "characters": (Characters(options.seed, 100 if quick else 3000), 12, 3 if quick else 140),
+        "copy": (Copy(2, 2) if quick else Copy(), 16, 3 if quick else 220),
+        "characters": (Characters(options.seed, 100 if quick else 3000), 12, 3 if quick else 160),
     }
     progress.begin(len(tasks) * (1 + len(STACKS)))
     with warnings.catch_warnings():
