@@ -226,6 +226,12 @@ CLAIMS = [
         shows=lambda r: r["long gain over exact"].mean > -CLOSE,
     ),
     Claim(
+        text="in equal time it is as good as the explicit network (%)",
+        paper="not compared",
+        ours=lambda r: points(r, "jfb long", "explicit long"),
+        shows=lambda r: r["jfb long"].mean - r["explicit long"].mean > -CLOSE,
+    ),
+    Claim(
         text="its gradient descends: its cosine to the exact one is positive",
         paper="> 0",
         ours=lambda r: f"{r['least cosine'].cell(4)} at the least, {r['mean cosine'].cell(4)} in the mean",
@@ -248,7 +254,7 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
     rows = []
     for arm, name in (("jfb", "JFB"), ("exact", "Jacobian-based, GMRES"), ("explicit", "explicit")):
         long = (
-            [r["exact"].cell(2), r["epochs"].cell(0)]
+            [r["exact"].cell(2), f"{r['epochs'].mean:.0f}"]
             if arm == "exact"
             else [r[f"{arm} long"].cell(2), r[f"{arm} long epochs"].cell(0)]
         )
@@ -257,7 +263,7 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
         rows.append([name, rates, r[arm].cell(2), *times, *long])
     normal = [r["normal epoch"].cell(3), r["normal backward"].cell(3)]
     rows.append(["Jacobian-based, CG on the normal equations", "", "", *normal, "", ""])
-    title = f"{r['epochs'].cell(0)} epochs, and the time of the Jacobian-based run, {r['budget'].cell(1)} s"
+    title = f"{r['epochs'].mean:.0f} epochs, and the time of the Jacobian-based run, {r['budget'].cell(1)} s"
     return [(title, [head, *rows])]
 
 
