@@ -194,13 +194,13 @@ class Sizes:
     """How much is done."""
 
     steps: int = 200
-    tuning: int = 40
+    rates: Sequence[float] = RATES
     test: int = 300
     looks: int = 5
     depths: Sequence[int] = (2, 3, 6, 12, 24)
 
 
-QUICK = Sizes(steps=3, tuning=0, test=8, looks=1, depths=(2, 6))
+QUICK = Sizes(steps=3, rates=RATES[1:2], test=8, looks=1, depths=(2, 6))
 
 
 def clock(options: Options) -> float:
@@ -247,45 +247,38 @@ class Run:
         self.seconds += clock(self.options) - began
         self.steps += 1
 
-    def train(self, steps: int, seconds: float = 0.0) -> Run:
-        """So many steps, and on until so many seconds are spent."""
+    def train(self, steps: int) -> Run:
+        """So many steps, with a learning rate that falls to zero in a straight line."""
         every = max(1, steps // self.sizes.looks)
+        rate = self.adam.param_groups[0]["lr"]
         for i in range(1, steps + 1):
+            self.adam.param_groups[0]["lr"] = rate * (1 - (i - 1) / steps)
             self.step()
             if i % every == 0 or i == steps:
                 self.curve.append((self.steps, self.seconds, self.score("test")))
-        while self.seconds < seconds:
-            self.step()
         return self
 
 
 def compare(task: Any, options: Options, sizes: Sizes, progress: Progress) -> Measured:
     """Every arm on a task: at equal steps, and at the seconds that self-attention takes."""
     found: Measured = {}
-    runs: dict[str, Run] = {}
     for arm in ARMS:
-        rates = RATES if sizes.tuning else RATES[1:2]
-        scores = {
-            rate: Run(options, task, arm, sizes, rate).train(sizes.tuning).score("valid")
-            if sizes.tuning
-            else 0.0
-            for rate in rates
-        }
-        rate = max(scores, key=scores.__getitem__)
-        run = runs[arm] = Run(options, task, arm, sizes, rate).train(sizes.steps)
-        end = run.curve[-1]
+        runs = {rate: Run(options, task, arm, sizes, rate).train(sizes.steps) for rate in sizes.rates}
+        rate = max(runs, key=lambda rate: runs[rate].score("valid"))
+        end = runs[rate].curve[-1]
         found |= {
             f"{task.name} {arm}": end[2],
             f"{task.name} {arm} ms": 1e3 * end[1] / end[0],
             f"{task.name} {arm} rate": rate,
-            f"{task.name} {arm} curve": [[look[1] for look in run.curve], [look[2] for look in run.curve]],
+            f"{task.name} {arm} curve": [list(column) for column in zip(*runs[rate].curve, strict=True)][1:],
         }
         progress.step(f"{task.name}: {arm} {end[2]:.3f}")
-    budget = runs["attention"].seconds
     for arm in ("none", "nmf", "vq"):
-        run = runs[arm].train(0, budget)
-        found[f"{task.name} {arm} same seconds"] = run.score("test")
-        found[f"{task.name} {arm} steps then"] = run.steps
+        ms = (found[f"{task.name} attention ms"], found[f"{task.name} {arm} ms"])
+        steps = round(sizes.steps * ms[0] / ms[1])
+        run = Run(options, task, arm, sizes, found[f"{task.name} {arm} rate"]).train(steps)
+        found[f"{task.name} {arm} same seconds"] = run.curve[-1][2]
+        found[f"{task.name} {arm} steps then"] = steps
     progress.step(f"{task.name}: equal seconds")
     return found
 
@@ -505,7 +498,7 @@ STUDY = Study(
     smaller=(
         "Images of 16×16 pixels, generated or of digits, in the place of ADE20K and PASCAL VOC; 32 channels, rank 8.",
         f"{Sizes().steps} steps of {BATCH} images by Adam. Every arm has its own learning rate, of "
-        f"{', '.join(map(str, RATES))}, chosen by validation after {Sizes().tuning} steps.",
+        f"{', '.join(map(str, RATES))}, chosen by validation after whole trainings.",
         "D starts from random numbers that are drawn once; the paper draws them at each call.",
         "Seconds are CPU seconds of the process, without the evaluations.",
     ),
