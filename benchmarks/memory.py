@@ -263,8 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a tiny map: a test that it runs")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="a wheel of torchdeq 0.1.0")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where to write")
+    parser.add_argument("--out", type=Path, help="where to write (default: results/, or with --quick runs/)")
     args = parser.parse_args(argv)
+    args.out = args.out or (Path("runs") if args.quick else Path(__file__).parent / "results")
     torch.set_num_threads(1)
     counts = (7, 9) if args.quick else COUNTS
     problem = Problem.make(batch=2, n=8) if args.quick else Problem.make(batch=32, n=512)

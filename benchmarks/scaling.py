@@ -201,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny states: a test that it runs")
     parser.add_argument("--redraw", action="store_true", help="only the fit, the report and the plot")
     parser.add_argument("--minutes", type=float, default=8.0, help="how long to measure, about (default: 8)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where to write")
+    parser.add_argument("--out", type=Path, help="where to write (default: results/, or with --quick runs/)")
     args = parser.parse_args(argv)
+    args.out = args.out or (Path("runs") if args.quick else Path(__file__).parent / "results")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.redraw:
         torch.set_num_threads(1)

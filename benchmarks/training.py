@@ -257,8 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="turns of each setting (default: 20 to 60)")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="a wheel of torchdeq 0.1.0")
     parser.add_argument("--jax-python", type=Path, help="an interpreter with jax, jaxopt and optimistix")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where to write")
+    parser.add_argument("--out", type=Path, help="where to write (default: results/, or with --quick runs/)")
     args = parser.parse_args(argv)
+    args.out = args.out or (Path("runs") if args.quick else Path(__file__).parent / "results")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.redraw:
         torch.set_num_threads(1)

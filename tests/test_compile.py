@@ -351,6 +351,18 @@ def test_what_cannot_be_compiled_raises_when_it_is_asked_for(options: dict[str, 
         DEQ(**{"compile": True, **options})
 
 
+@pytest.mark.parametrize("given", [None, 1, "eager", ["eager"]], ids=str)
+def test_what_compile_may_be_is_said(given: Any) -> None:
+    with pytest.raises(ValueError, match="compile is False, True, 'fixed', or a dictionary"):
+        DEQ(compile=given)
+
+
+def test_a_backend_that_does_not_exist_is_not_a_fault_of_f() -> None:
+    with pytest.raises(Exception, match="inductr") as caught:
+        DEQ(compile={"backend": "inductr"})(torch.cos, torch.zeros(2, 3))
+    assert "f cannot be captured" not in str(caught.value)
+
+
 def test_noise_is_not_held_in_a_graph() -> None:
     with pytest.raises(ValueError, match="hold_noise"):
         DEQ(hold_noise=True, compile=True)

@@ -350,3 +350,10 @@ def test_graph_map_refuses_containers_that_a_graph_does_not_know() -> None:
 
     with pytest.raises(TypeError, match="deque in it cannot be exported"):
         GraphMap(lambda z: z, layout_of(deque([torch.ones(2, 3)])))
+
+
+def test_an_example_that_does_not_fit_f_says_how_it_is_called() -> None:
+    deq = DEQ().eval()
+    with pytest.raises(TypeError) as caught:
+        export(deq, lambda z, x: (z / 2 + x).cos(), (torch.zeros(2, 4),))
+    assert "give (z0, x)" in "".join(caught.value.__notes__)

@@ -142,10 +142,13 @@ class DEQ(nn.Module):
         self._fixed = compile == "fixed"
         if self._fixed:
             self._check_fixed()
-        elif isinstance(compile, str):
-            raise ValueError(f"compile is False, True, 'fixed', or options of torch.compile, got {compile!r}")
-        elif compile is not False:
+        elif compile is True or isinstance(compile, Mapping):
             self.compile(**({} if compile is True else compile))
+        elif compile is not False:
+            raise ValueError(
+                f"compile is False, True, 'fixed', or a dictionary of options of torch.compile such as "
+                f"{{'backend': 'aot_eager'}}, got {compile!r}"
+            )
         self.last_noise: RandomState | None = None  # that the last solve held, for looking at f as it was
         # Solvers that learn are submodules, also those inside a chain or a gradient method.
         inside = [m for part in (solver, eval_solver, grad) for m in _modules_in(part)]

@@ -102,7 +102,7 @@ def export(model: nn.Module, *what: Any, dynamic_batch: bool = True, check: bool
     has_batch = dynamic_batch and getattr(model, "batch_dims", 1) > 0
     shapes = (_batches(args),) if has_batch else None
     random = RandomState.capture(_first(args).device)
-    with random.again(), torch.no_grad():
+    with random.again(), torch.no_grad(), _called(model, args):
         expected = program(*tree_map(_copy, args))
     _refuse_solutions(expected)
     with _explained(), torch.no_grad():
@@ -206,6 +206,20 @@ def _refuse_solutions(out: Any) -> None:
 
 
 @contextmanager
+def _called(model: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
+    """With what the example is for, where a call of the model with it fails."""
+    try:
+        yield
+    except TypeError as error:
+        what = "f(z0, *inputs) of a DEQ" if isinstance(model, DEQ) else "the model"
+        error.add_note(
+            f"torchdeq.export calls {what} with the example, a tuple with one entry for each argument, here "
+            f"{len(args)}: for two arguments give (z0, x)."
+        )
+        raise
+
+
+@contextmanager
 def _explained() -> Iterator[None]:
     """With what to look for, where torch cannot trace the model."""
     try:
@@ -217,7 +231,8 @@ def _explained() -> Iterator[None]:
             "torchdeq.export: f becomes the body of a loop in a graph. It must consist of torch operations, choose "
             "nothing in Python by the values of tensors, and write to nothing outside. In place of an x.shape that it "
             "closes over it needs tuple(x.shape). If the complaint is about the size of the batch, the model fixes "
-            "it: use dynamic_batch=False."
+            "it, as torch.zeros(len(x), 8) does: write x.new_zeros(x.shape[0], 8), and give what f closes over as an "
+            "input; or use dynamic_batch=False."
         )
         raise
 

@@ -46,7 +46,9 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument(
         "--redraw", action="store_true", help="reports and plots only, from the last run's numbers"
     )
-    parser.add_argument("--out", type=Path, help="where to write (default: benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: benchmarks/results, or with --quick runs)"
+    )
     parser.add_argument(
         "--peers",
         type=Path,
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         if code:
             print(f"torchdeq: error: {name} ended with code {code}", file=sys.stderr)
             return code
-    print(f"Written to {args.out or programs / 'results'}.")
+    print(f"Written to {args.out or (Path('runs') if args.quick else programs / 'results')}.")
     return 0
 
 

@@ -187,10 +187,11 @@ def captured(flat: FlatMap, z: Tensor) -> Iterator[Callable[..., Any]]:
 
 
 def _is_of_capture(error: Exception) -> bool:
-    """Whether it is torch that could not capture something, and not a compiler that failed."""
-    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+    """Whether it is torch that could not capture something, and not a compiler that failed or does not exist."""
+    from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend, TorchDynamoException
 
-    return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+    others = BackendCompilerFailed, InvalidBackend
+    return isinstance(error, TorchDynamoException) and not isinstance(error, others)
 
 
 def _reason(error: Exception) -> str:
