@@ -382,7 +382,7 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
         else:
             rows.append([name, "", "", r[f"{name} cost"].cell(1), "", ""])
     rows[-1][0] = "Neumann, k=5 τ=0.5"
-    epochs = r["epochs"].cell(0)
+    epochs = f"{r['epochs'].mean:.0f}"
     found.append((f"Training for {epochs} epochs; evaluations are those of the last epoch", [head, *rows]))
     rows = [
         ["exact", epochs, r["exact"].cell(2)],
