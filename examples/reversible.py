@@ -214,7 +214,7 @@ def exactness(model: ReversibleDEQ, x: Tensor, y: Tensor, counts: Sequence[int])
             errors.append(distance(ours, exact))
         found[f"error {name}, β = {beta} curve"] = errors
         known = {c: e for c, e in zip(counts, errors, strict=True) if e is not None}
-        found[f"error {name}, β = {beta}"] = max(known.values(), default=math.nan)
+        found[f"error {name}, β = {beta}"] = max(known.values(), default=0.0)
         found[f"allowed {name}, β = {beta}"] = max(known, default=0)
         for what in ("missed", "bound"):
             found[f"{what} {name}, β = {beta} curve"] = [
@@ -412,7 +412,8 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
     rows = []
     for beta, name in itertools.product(BETAS, WIDTHS):
         key = f"{name}, β = {beta}"
-        cells = [r[f"allowed {key}"].cell(0), small(r, f"error {key}")]
+        off = small(r, f"error {key}") if min(r[f"allowed {key}"].values) else "refused"
+        cells = [r[f"allowed {key}"].cell(0), off]
         rows.append(
             [name, str(beta), *cells, small(r, f"missed {key}, {last}"), small(r, f"bound {key}, {last}")]
         )
@@ -449,10 +450,8 @@ def draw(figure: Any, found: Sequence[Measured]) -> None:
                 label = None if n else key
                 missed.plot(one["counts"], curve, color=f"C{color}", linestyle=style, alpha=0.7, label=label)
     missed.axhline(1e-3, color="grey", linestyle=":")
-    missed.set(
-        title="start missed when rebuilt (0 at 1e-17)", xlabel="evaluations", yscale="log", ylim=(5e-18, 1e3)
-    )
-    missed.legend(fontsize="x-small")
+    missed.set(title="start missed (0 at 1e-17)", xlabel="evaluations", yscale="log", ylim=(1e-26, 1e6))
+    missed.legend(fontsize="x-small", loc="lower right")
 
 
 STUDY = Study(
@@ -464,6 +463,8 @@ STUDY = Study(
         "WikiText-103 (perplexity 23.2 at 12 evaluations)",
         f"β = {BETA} in training, where the paper's code has 0.8; an evaluation more, for f(z) is what is returned",
         "the DEQ is the same network without a regularisation, solved by Anderson's method and GMRES to 1e-3",
+        "the distance of a DEQ's gradient is taken where as many evaluations of plain damped iteration have come, "
+        "since there the derivative of what is put out is known: that of the unrolled steps",
         f"accuracies on 597 images: one of them is 0.17 points, and {CLOSE} points count as equal",
         "with one thread on a CPU, seconds are those of the process",
     ],
