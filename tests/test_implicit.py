@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -635,3 +637,14 @@ def test_a_minimum_of_coupled_samples_is_no_saddle():
         )
     assert torch.allclose(y.flatten(), torch.linalg.solve(s, t.flatten()), atol=1e-8)
     assert solution.converged.all()
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 1)])
+def test_a_function_of_the_users_may_find_a_state_of_any_shape(shape):
+    a = torch.arange(1.0, 1 + math.prod(shape), dtype=F64).reshape(shape).requires_grad_()
+    square = lambda y, a: (y - a**2).square().sum()  # noqa: E731
+    y = implicit_minimum(
+        square, torch.zeros(shape, dtype=F64), a, solver=lambda objective, y0, a: a.detach() ** 2
+    )
+    (g,) = torch.autograd.grad(y.sum(), a)
+    assert torch.allclose(g, 2 * a.detach(), atol=1e-8)

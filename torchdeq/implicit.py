@@ -354,7 +354,7 @@ class Outside(SolverLoop):
         with torch.enable_grad():
             found = [search(z, *theta) for z, theta in zip(z0.chunk(len(instances)), instances, strict=True)]
         z = torch.cat([z.detach() for z in found])
-        measured = FunctionSolver(function=lambda f, z0, **_: (z, [], {}), tol=self.tol)
+        measured = FunctionSolver(function=lambda f, z0, **_: (z.reshape(z0.shape), [], {}), tol=self.tol)
         return measured.run(f, z0, layout=layout, together=False)
 
 

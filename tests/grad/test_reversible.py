@@ -518,3 +518,23 @@ def test_modes_of_differentiation_that_it_has_not_raise():
         torch.func.grad(solve)(f.x.detach())
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         solve(forward_ad.make_dual(f.x.detach(), torch.ones_like(f.x)))
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kink_of_f_at_the_start_is_on_the_side_on_which_it_was(beta, dtype):
+    """relu(0 W + 0) at z = 0, which is rebuilt to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    w = 0.5 * torch.randn(5, 5, dtype=dtype, generator=generator)
+    x = torch.randn(1, 5, dtype=dtype, generator=generator)
+    c = torch.zeros(5, dtype=dtype, requires_grad=True)
+    f = lambda z: torch.relu(z @ w.T + c) * 0.5 + 0.3 * x  # noqa: E731
+    y = z = torch.zeros(1, 5, dtype=dtype)
+    for _ in range(2):
+        y = y - beta * (y - f(z))
+        z = z - beta * (z - f(y))
+    (want,) = torch.autograd.grad(f(z).sum(), c)
+    solver = SimpleFixedPointIteration(max_iter=5, tol=float("inf"))
+    out, _ = DEQ(solver, Reversible(beta=beta))(f, torch.zeros(1, 5, dtype=dtype))
+    (got,) = torch.autograd.grad(out.sum(), c)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

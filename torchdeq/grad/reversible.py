@@ -261,7 +261,8 @@ class Tape:
         return fz
 
     def _replayed(self, half: int) -> Tensor:
-        z = self.pair[1 - half % 2].to(self.start.dtype).detach()
+        # The start is there as it was: rebuilt, it might lie on the other side of a kink of f.
+        z = (self.start if half == 0 else self.pair[1 - half % 2].to(self.start.dtype)).detach()
         z.requires_grad_(self.wants[half])  # else f would not save the same tensors
         random = self.random[half]
         if random is None:
