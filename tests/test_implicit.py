@@ -643,8 +643,7 @@ def test_a_minimum_of_coupled_samples_is_no_saddle():
 def test_a_function_of_the_users_may_find_a_state_of_any_shape(shape):
     a = torch.arange(1.0, 1 + math.prod(shape), dtype=F64).reshape(shape).requires_grad_()
     square = lambda y, a: (y - a**2).square().sum()  # noqa: E731
-    y = implicit_minimum(
-        square, torch.zeros(shape, dtype=F64), a, solver=lambda objective, y0, a: a.detach() ** 2
-    )
+    exact = lambda objective, y0, a: a.detach() ** 2  # noqa: E731
+    y = implicit_minimum(square, torch.zeros(shape, dtype=F64), a, solver=exact, batch_dims=1)
     (g,) = torch.autograd.grad(y.sum(), a)
     assert torch.allclose(g, 2 * a.detach(), atol=1e-8)
