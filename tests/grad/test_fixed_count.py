@@ -249,7 +249,7 @@ def test_a_training_step_is_one_graph(solver: Solver, grad: GradMethod) -> None:
         ({"grad": SHINE()}, TypeError, "SHINE.* has no fixed count"),
         ({"record": (2,)}, ValueError, "record"),
         ({"throw": True}, ValueError, "throw"),
-        ({"compile": "fix"}, ValueError, "'fixed', or options"),
+        ({"compile": "fix"}, ValueError, "'fixed', or a dictionary"),
     ],
     ids=str,
 )
