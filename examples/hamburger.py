@@ -17,7 +17,6 @@ Source: Geng, Guo, Chen, Li, Wei and Lin (2021), arXiv 2109.04553.
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -508,11 +507,7 @@ STUDY = Study(
     draw=draw,
 )
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns 0."""
-    return STUDY.main(arguments)
-
+main = STUDY.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -599,11 +598,7 @@ STUDY = Study(
     draw=draw,
 )
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns 0."""
-    return STUDY.main(arguments)
-
+main = STUDY.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

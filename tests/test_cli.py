@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,3 +407,8 @@ def test_where_there_is_no_terminal_an_epoch_is_one_line() -> None:
     lines = out.getvalue().splitlines()
     assert [re.search(r"epoch \d/\d", line)[0] for line in lines] == ["epoch 2/3", "epoch 3/3"]  # type: ignore[index]
     assert all("no adjoint solve" in line and "\r" not in line for line in lines)
+
+
+def test_the_package_is_a_command_too() -> None:
+    run = subprocess.run([sys.executable, "-m", "torchdeq", "--version"], capture_output=True, text=True)
+    assert run.stdout == f"torchdeq {torchdeq.__version__}\n"

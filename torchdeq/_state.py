@@ -245,7 +245,7 @@ class FlatMap:
                 raise TypeError(hint) from error
             raise
         same = z.dim() == 2 and isinstance(image, Tensor) and image.shape == self.plain == z.shape
-        fz = image if same and image.dtype == z.dtype else self.layout.ravel(image)
+        fz = image if same and image.dtype == self.layout.dtype else self.layout.ravel(image)
         self.checked = True
         if (before is not None and z._version != before) or (kept is not None and not torch.equal(z, kept)):
             raise RuntimeError(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,20 +20,6 @@ from torchdeq.zoo.hamburger import NMF, VQ, Hamburger
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 F64 = torch.float64
 HAMS = (NMF(), VQ())
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/hamburger.py as a module."""
-    for needed in ("sklearn", "tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        for name in ("hamburger", "study"):
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("hamburger")
-        for name in ("hamburger", "study"):
-            sys.modules.pop(name, None)
 
 
 def data(*shape: int, seed: int = 0) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,20 +21,6 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 F64 = torch.float64
 EXACT = torchdeq.CG(max_iter=200, tol=1e-11)
 PENALTY = 2.0
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/imaml.py as a module."""
-    for needed in ("sklearn", "tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        for name in ("imaml", "study"):
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("imaml")
-        for name in ("imaml", "study"):
-            sys.modules.pop(name, None)
 
 
 def network() -> nn.Module:

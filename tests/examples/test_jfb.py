@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,21 +18,6 @@ from torchdeq.zoo.jfb import FixedPointNetwork
 
 ROOT = Path(__file__).parents[2]
 EXACT = FixedPointIteration(tol=1e-13, stop_mode="rel", max_iter=100)
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/jfb.py as a module, which finds its neighbours as it does when it is run."""
-    for needed in ("sklearn", "tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        names = ("jfb", "study", "classifier")
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("jfb")
-        for name in names:
-            sys.modules.pop(name, None)
 
 
 def network(method: JFB | IFT | Unroll, *, scale: float = 1.0, size: int = 4) -> FixedPointNetwork:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,20 +18,6 @@ from torchdeq.zoo.lm import CausalBlock, EquilibriumLM
 
 ROOT = Path(__file__).parents[2]
 EXACT = DEQ(Anderson(tol=1e-13, stop_mode="rel", max_iter=300), IFT(solver=GMRES(tol=1e-12, max_iter=200)))
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/lm.py as a module, which finds its neighbours as it does when it is run."""
-    for needed in ("tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        for name in ("lm", "study"):
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("lm")
-        for name in ("lm", "study"):
-            sys.modules.pop(name, None)
 
 
 def model(deq: DEQ = EXACT) -> EquilibriumLM:

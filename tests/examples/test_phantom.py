@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,21 +14,6 @@ from torchdeq import DEQ, GMRES, IFT, Anderson, FixedPointIteration, GradMethod,
 from torchdeq.zoo.phantom import ConvDEQ
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/phantom.py as a module, which finds its neighbours as it does when it is run."""
-    for needed in ("sklearn", "tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        names = ("phantom", "study", "classifier")
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("phantom")
-        for name in names:
-            sys.modules.pop(name, None)
 
 
 def model_of(

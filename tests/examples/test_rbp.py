@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,21 +17,6 @@ from torchdeq.zoo.rbp import HopfieldMemory, RandomStart, methods
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 F64 = torch.float64
 SETTLED = torchdeq.SimpleFixedPointIteration(max_iter=400)
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/rbp.py as a module."""
-    for needed in ("sklearn", "tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    names = ("rbp", "study", "classifier")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("rbp")
-        for name in names:
-            sys.modules.pop(name, None)
 
 
 def memory_and_images() -> tuple[HopfieldMemory, Tensor]:

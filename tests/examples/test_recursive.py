@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,20 +16,6 @@ from torchdeq import DEQ, GMRES, IFT, JFB, PhantomGrad, SimpleFixedPointIteratio
 from torchdeq.zoo.recursive import RecursiveReasoner, Thought
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/recursive.py as a module, which finds its neighbours as it does when it is run."""
-    for needed in ("tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        for name in ("recursive", "study"):
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("recursive")
-        for name in ("recursive", "study"):
-            sys.modules.pop(name, None)
 
 
 @pytest.fixture

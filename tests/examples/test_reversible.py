@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,21 +16,6 @@ from torchdeq.zoo.reversible import ReversibleDEQ
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 F64 = torch.float64
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """examples/reversible.py as a module."""
-    for needed in ("sklearn", "tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    names = ("reversible", "study", "classifier")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("reversible")
-        for name in names:
-            sys.modules.pop(name, None)
 
 
 def model_and_images() -> tuple[ReversibleDEQ, Tensor]:

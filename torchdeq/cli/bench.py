@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torchdeq
+from torchdeq.cli.checkout import programs
 from torchdeq.cli.errors import UsageError, need
 
 #: What can be measured: the name of the program, and what it asks.
@@ -66,7 +66,7 @@ def add_to(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out `torchdeq bench` and return its exit code: 0, or that of the first program that failed."""
-    programs = checkout()
+    folder = programs("benchmarks", STUDIES, "train,bench")
     if unknown := [name for name in args.studies if name not in STUDIES]:
         raise UsageError(f"bench {unknown[0]}: there is no such study; expected {', '.join(STUDIES)}.")
     for option, path in (("--peers", args.peers), ("--jax-python", args.jax_python)):
@@ -78,27 +78,12 @@ def run(args: argparse.Namespace) -> int:
         need(module, "train,bench")
     for name in args.studies or STUDIES:
         print(f"{name}: {STUDIES[name]}", flush=True)
-        code = subprocess.run(command(programs / f"{name}.py", args)).returncode
+        code = subprocess.run(command(folder / f"{name}.py", args)).returncode
         if code:
             print(f"torchdeq: error: {name} ended with code {code}", file=sys.stderr)
             return code
-    print(f"Written to {args.out or (Path('runs') if args.quick else programs / 'results')}.")
+    print(f"Written to {args.out or (Path('runs') if args.quick else folder / 'results')}.")
     return 0
-
-
-def checkout() -> Path:
-    """The folder of the programs.
-
-    Raises:
-        UsageError: torchdeq is not imported from a checkout of its repository.
-    """
-    folder = Path(torchdeq.__file__).resolve().parent.parent / "benchmarks"
-    if not all((folder / f"{name}.py").is_file() for name in STUDIES):
-        raise UsageError(
-            f"the benchmarks are part of the repository and not of the installed package, and {folder} is not there. "
-            f'Clone the repository, install it by pip install -e ".[train,bench]", and run the command again.'
-        )
-    return folder
 
 
 def command(program: Path, args: argparse.Namespace) -> Sequence[str]:

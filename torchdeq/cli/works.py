@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torchdeq
+from torchdeq.cli.checkout import programs
 from torchdeq.cli.errors import UsageError, need
 
 #: The works that can be made again: the name of the file, and what it is.
@@ -47,18 +47,12 @@ def add_to(tasks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the study of a work and return its exit code."""
-    folder = Path(torchdeq.__file__).resolve().parent.parent / "examples"
-    program = folder / f"{args.task}.py"
-    if not program.is_file():
-        raise UsageError(
-            f"the studies are part of the repository and not of the installed package, and {program} is not there. "
-            f'Clone the repository, install it by pip install -e ".[train,viz]", and run the command again.'
-        )
+    folder = programs("examples", [args.task], "train,viz")
     if args.seed is not None and args.seeds is not None:
         raise UsageError("--seed is one seed and --seeds are several; give one of them.")
     for module in NEEDED:
         need(module)
-    return subprocess.run(command(program, args)).returncode
+    return subprocess.run(command(folder / f"{args.task}.py", args)).returncode
 
 
 def command(program: Path, args: argparse.Namespace) -> Sequence[str]:

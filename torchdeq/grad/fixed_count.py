@@ -57,7 +57,7 @@ def solve_fixed(
     start = layout.ravel(z0, source="z0").detach().clone()  # the state that is returned may be this one
     amp = AutocastState.capture(start.device)
     seen = Seen(layout, amp)
-    graph = torch.compiler.is_compiling()
+    graph = _in_graph(start.device)
     map_: Any = Bound(seen, f if graph else _watched(f, layout))
     with amp.off():
         with torch.no_grad():
@@ -71,6 +71,12 @@ def solve_fixed(
         else:
             (out,) = method.attach(lambda u: fz if u is z else map_(u), z)
     return layout.unravel(out), unravel_solution(solution, layout)
+
+
+def _in_graph(device: torch.device) -> bool:
+    """Whether a graph is being made, of torch.compile or of CUDA, in which the host can look at nothing."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return capturing or torch.compiler.is_compiling()
 
 
 def _watched(f: Callable[[Tree], Tree], layout: Layout) -> Callable[[Tree], Tree]:

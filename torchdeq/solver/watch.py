@@ -26,7 +26,7 @@ _NEAR_ROUNDING = 100.0
 _NO_ROUNDING = 1 / 16
 #: A norm below this may have lost squares that were too small for float32 …
 TOO_SMALL = 1e-15
-#: … and from this one on, squares of a difference of two such vectors may be too large.
+#: … and from this one on squares may come near to the largest float32, 3e38, of which the root is 1.8e19.
 TOO_LARGE = 1e18
 #: Of up to so many samples the host takes the norms as lists: two operations, where tensors need nine.
 _FEW = 256
@@ -196,7 +196,7 @@ class Glance(NamedTuple):
         return self._all(before, rests, map(operator.gt, change, least))
 
     def _all(self, before: Glance, rests: list[bool] | None, holds: Iterable[bool]) -> bool:
-        if not self.finite or max(before.size) >= TOO_LARGE or max(self.size) >= TOO_LARGE:
+        if not self.finite or max(before.size) + max(self.size) >= TOO_LARGE:  # the difference is below that
             return False
         least = TOO_SMALL / _CLEARLY
         if rests is None:
@@ -237,9 +237,8 @@ class Watch:
         self.glance: Glance | None = None  # at the last evaluation, if it may be asked for
         self.before: Glance | None = None  # and at the one before
         self._known = Samples.of(start)
-        self._now: Iterate | None = (
-            None  # the last evaluation, if all came closer; `_known` does not have it yet
-        )
+        # The last evaluation, if all came closer; `_known` does not have it yet.
+        self._now: Iterate | None = None
         # Who rests, and after how many evaluations, in lists as long as `_known` does not have it.
         self._rests: list[bool] | None = None
         self._nstep: list[int] | None = None
