@@ -97,10 +97,20 @@ def test_the_default_makes_five_steps_of_cg() -> None:
         u, after = u + alpha * p, r - alpha * (matrix @ p)
         p = after + (after @ after) / (r @ r) * p
         r = after
-    with pytest.warns(torchdeq.ConvergenceWarning, match="derivative"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # five are meant
         found = meta_gradient(model, net, batch)
     torch.testing.assert_close(found, u, rtol=1e-8, atol=1e-9)
     assert (u - torch.linalg.solve(matrix, b)).norm() > 1e-6 * u.norm()  # else more steps would do too
+
+
+def test_a_penalty_too_small_for_cg_is_told() -> None:
+    net, batch = network(), tasks()
+    model = IMAML(net, lambda p, y: -(p - y).square().mean(), penalty=1e-3, rate=0.01, steps=1)
+    with pytest.warns(torchdeq.ConvergenceWarning, match="curves down"):
+        meta_gradient(model, net, batch)
+    assert model.linear is not None
+    assert (model.linear.status == torchdeq.Status.STALLED).any()
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
 
 from tests.problems import F64, TanhMap, cotangent, error, exact_gradient, random_matrix, solve_exactly
-from torchdeq import CG, CGNR, DEQ, GMRES, IFT, AffineMap, Anderson, Status
+from torchdeq import CG, CGNR, DEQ, GMRES, IFT, AffineMap, Anderson, BiCGSTAB, Neumann, Status
 
 FORMS = pytest.mark.parametrize("hook", [False, True], ids=["function", "hook"])
 
@@ -277,3 +279,38 @@ def test_a_linear_part_without_a_graph_is_an_error_that_teaches():
 def test_a_negative_eta_is_refused():
     with pytest.raises(ValueError, match="eta must be a number of at least 0, got -1"):
         CGNR(eta=-1)
+
+
+# Cut on purpose ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [CG, CGNR, GMRES, BiCGSTAB, Neumann])
+def test_min_iter_makes_all_products_though_the_tolerance_is_met(solver):
+    _, _, f = make(30, symmetric=True)
+    solution = solver(max_iter=6, min_iter=6, tol=math.inf).run(f)
+    assert (solution.nfe, solution.nstep.tolist()) == (6, [5, 5, 5])
+    assert solution.converged.all()
+    assert torch.equal(solution.z, solver(max_iter=6, tol=0).run(f).z)
+
+
+def test_what_is_solved_to_rounding_before_has_converged():
+    a, b, f = make(3, symmetric=True)
+    solution = CG(max_iter=40, min_iter=40, tol=math.inf).run(f)
+    assert solution.converged.all()
+    assert solution.nfe <= 6
+    assert torch.allclose(solution.z, exact(a, b), rtol=1e-12)
+
+
+def test_what_breaks_down_before_has_stalled_whatever_its_tolerance():
+    down = torch.tensor(
+        [[0.5, 0.5, 0.5], [0.5, 0.2, 0.1], [-0.5, -0.5, -0.5]], dtype=F64
+    )  # of I − L, by samples
+    f = AffineMap(lambda u: u - down * u, torch.ones(3, 3, dtype=F64))
+    solution = CG(max_iter=6, min_iter=6, tol=math.inf).run(f)
+    assert solution.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.STALLED]
+
+
+def test_min_iter_is_one_or_all():
+    with pytest.raises(ValueError, match=r"got min_iter=3\. Leave it at 1, or set it to 6"):
+        CG(max_iter=6, min_iter=3)
+    assert CG(max_iter=6, min_iter=6).replace(min_iter=1) == CG(max_iter=6)

@@ -16,6 +16,7 @@ class SavedBytes:
 
     A storage that is saved twice, or through several views, counts once; it counts until the last graph that
     saved it is freed. What a checkpoint evaluates again in a backward pass has hooks of its own and does not count.
+    torch.func allows no such hooks: what uses it, as `implicit_minimum` does, is a RuntimeError inside the context.
 
     Arguments:
         ignore: tensors whose storages do not count, such as parameters: they exist anyway.

@@ -23,7 +23,8 @@ class JFB(GradMethod):
     """One tracked step from the solved state, `PhantomGrad(steps=1)` by its other name.
 
     Bias: ‖û − u‖ ≤ γ ‖u‖ and cos(û, u) ≥ √(1 − γ²) with γ = ‖J‖ < 1. Memory: one graph of f. Cost: one tracked call of
-    f; in a backward pass one product with Bᵀ. Differentiated again, it gives the derivative of the one step.
+    f; in a backward pass one product with Bᵀ. Differentiated again, it gives the derivative of the one step. After a
+    fixed count of plain iteration, `Unroll(last=1)` tracks the last evaluation of the solve and needs none besides.
 
     Example:
         >>> import torch

@@ -7,6 +7,7 @@ per-sample freezing, non-finite samples set aside, status per sample.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdeq._state import Layout, Map, per_sample
-from torchdeq.solution import Solution
+from torchdeq.solution import Solution, Status
 from torchdeq.solver.base import Solver
 from torchdeq.solver.maps import AffineMap, Operator, Tally
 from torchdeq.solver.watch import Iterate, StopFlag, leaf_max, relative
@@ -36,7 +37,11 @@ class AffineSolver(Solver):
     The estimate that a Krylov recurrence gives is the residual only if L treats samples separately and
     rounding is small. So the last evaluation goes to the residual itself, b − (I − L) u, and this is what
     `Solution.residual` reports and what `converged` means. `max_iter` includes it. A relative residual is divided by
-    ‖b‖. `min_iter`, `patience`, `compact` and `return_final` are for iterations of f; to set them is an error.
+    ‖b‖.
+
+    `min_iter` may be `max_iter`: a solve that is cut on purpose, as in `CG(max_iter=6, min_iter=6, tol=inf)` for five
+    steps, makes them all unless a sample is solved to rounding. One that breaks down before is `STALLED`, whatever its
+    residual. Other `min_iter`, `patience`, `compact` and `return_final` are for iterations of f and an error here.
 
     Example:
         Orthomin(1): u ← u + ω r with the ω that makes the residual smallest. The probe is the residual.
@@ -73,7 +78,12 @@ class AffineSolver(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_iter", "patience", "compact", "return_final"):
+        self.require(
+            self.min_iter in (1, self.max_iter),
+            f"a solver of affine maps makes as many products as its residual needs, or with min_iter=max_iter all; got "
+            f"min_iter={self.min_iter!r}. Leave it at 1, or set it to {self.max_iter!r}",
+        )
+        for name in ("patience", "compact", "return_final"):
             default = Solver.__dataclass_fields__[name].default
             self.require(
                 getattr(self, name) == default,
@@ -142,12 +152,15 @@ class AffineSolver(Solver):
         # The norm of a sample's residual is at least that of each leaf; so this is enough for every leaf.
         least = scale if scale.dim() == 1 else scale.amin(dim=1)  # (B,)
         limit = self.tol * least if self.stop_mode == "rel" else torch.full_like(least, self.tol)
+        cut = self.min_iter == self.max_iter > 1
+        if cut:
+            limit = torch.minimum(limit, 10 * torch.finfo(b.dtype).eps * least)
         found = self.solve(linear, b, z0, limit=limit, budget=f.limit, preconditioner=affine.preconditioner)
         f.calls = linear.calls
         u = f.rounded(found.u)  # L sees it so, and so it is returned; rounding it adds to the residual
         size = self._norms(found.r + (found.u - u), f)
         measure = leaf_max(relative(size, scale) if self.stop_mode == "rel" else size)
-        return self._solution(
+        solution = self._solution(
             Iterate(u, size, scale, measure),
             found.failed,
             found.steps,
@@ -156,6 +169,10 @@ class AffineSolver(Solver):
             [],
             stalled=~found.unfinished,
         )
+        if not cut:
+            return solution
+        broken = ~found.unfinished & (found.size > limit) & solution.converged
+        return dataclasses.replace(solution, status=solution.status.masked_fill(broken, Status.STALLED))
 
     def _norms(self, r: Tensor, f: Tally) -> Tensor:
         """Norms of r (B, D) per sample, (B,), or with norm='max' per leaf, (B, leaves)."""

@@ -14,6 +14,7 @@ assumptions; in the first step such a task has a meta-gradient of zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.func import functional_call, grad, vmap
 from torchdeq import CG, DEQ, Solution, implicit_minimum
 
 Parameters = dict[str, Tensor]  # by name; with one more dimension in front, those of T tasks
-FIVE_STEPS = CG(max_iter=6, tol=1e-6)  # the sixth evaluation measures the residual
+FIVE_STEPS = CG(max_iter=6, min_iter=6, tol=math.inf)  # the sixth evaluation measures the residual
 
 
 class IMAML(nn.Module):
@@ -38,8 +39,8 @@ class IMAML(nn.Module):
             for Omniglot and 0.5 for Mini-ImageNet.
         rate: α > 0, the step of the inner gradient descent, below 2 over the largest curvature.
         steps: N ≥ 1, how many of them. 16 is the paper's for 5-way Omniglot.
-        adjoint: solves for the meta-gradient. The paper's five steps of CG leave the system unsolved, and a
-            `ConvergenceWarning` of the backward pass says how far.
+        adjoint: solves for the meta-gradient. The paper's five steps of CG leave the system unsolved, which tol=inf
+            says is meant; a `ConvergenceWarning` of the backward pass says where CG broke down.
         solver: finds φ* in the place of gradient descent: what `implicit_minimum` takes, such as
             `NewtonCG(tol=1e-4)`. None: N steps of gradient descent.
         deq: solves and differentiates φ = f(φ), in the place of `implicit_minimum`, `solver` and `adjoint`.
