@@ -295,12 +295,6 @@ def failures(r: Results) -> int:
     return sum(worse > ROUGH for worse in r["RBP worse"].values)
 
 
-def same(r: Results, name: str, digits: int = 0) -> str:
-    """A number that is the same for all seeds, or as a spread."""
-    values = r[name].values
-    return f"{values[0]:.{digits}f}" if len(set(values)) == 1 else r[name].cell(digits)
-
-
 CLAIMS = [
     Claim(
         text=f"RBP can be unstable: trained with K = {FEW[0]} it recalls worse than Neumann-RBP (wrong pixels, %)",
@@ -336,7 +330,7 @@ CLAIMS = [
         text=f"its memory does not grow with K, that of TBPTT does, linearly (KiB a step, to K = {ORDERS[-1]})",
         paper="constant, linear",
         ours=lambda r: " against ".join(
-            same(r, f"{name} late growth", 1) for name in ("Neumann-RBP", "TBPTT")
+            r[f"{name} late growth"].cell(1) for name in ("Neumann-RBP", "TBPTT")
         ),
         shows=lambda r: (
             all(max(r[f"Neumann-RBP {half} growth"].values) == 0 for half in ("early", "late"))
@@ -360,11 +354,11 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
     for name in NAMES:
         rates = " ".join(f"{rate:g}" for rate in dict.fromkeys(r[f"{name} rate"].values))
         size = f"{name} KiB {TERMS}" if name in TRUNCATED else f"{name} KiB"
-        held = same(r, size)
+        held = r[size].cell(0)
         cells = [r[f"{name} loss"].cell(3), r[f"{name} wrong"].cell(1, 100), r[f"{name} ms"].cell(1), held]
         rows.append([f"{name}, GMRES" if name == OURS else name, rates, *cells])
     title = (
-        f"{same(r, 'steps')} training steps, K = {TERMS}; {r['damage'].cell(1, 100)} % of the pixels of a damaged "
+        f"{r['steps'].cell(0)} training steps, K = {TERMS}; {r['damage'].cell(1, 100)} % of the pixels of a damaged "
         f"image are wrong"
     )
     found = [(title, [head, *rows])]

@@ -95,12 +95,12 @@ class Spread:
         self.mean = statistics.fmean(self.values)
 
     def cell(self, digits: int = 3, scale: float = 1.0, *, scientific: bool = False) -> str:
-        """As "0.981 (0.975–0.986)", or without a range for one seed."""
+        """As "0.981 (0.975–0.986)", or without a range where there is none."""
         kind = "e" if scientific else "f"
         mean, *ends = (
             f"{scale * v:.{digits}{kind}}" for v in (self.mean, min(self.values), max(self.values))
         )
-        return mean if len(self.values) == 1 else f"{mean} ({ends[0]}–{ends[1]})"
+        return mean if ends[0] == ends[1] else f"{mean} ({ends[0]}–{ends[1]})"
 
 
 Results = Mapping[str, Spread]
@@ -114,13 +114,13 @@ class Claim:
         text: the claim, in a few words.
         paper: the paper's numbers for it.
         ours: ours, from the results over the seeds.
-        shows: whether it shows at this scale; None where that cannot be said.
+        shows: whether it shows at this scale; None where that cannot be said, or in words where it does in part.
     """
 
     text: str
     paper: str
     ours: Callable[[Results], str]
-    shows: Callable[[Results], bool | None]
+    shows: Callable[[Results], bool | str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +254,10 @@ def grid(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]]
 
 
-def said(shows: bool | None) -> str:
-    """yes, no, or cannot be said."""
+def said(shows: bool | str | None) -> str:
+    """yes, no, in part, or cannot be said."""
+    if isinstance(shows, str):
+        return shows
     return "cannot be said" if shows is None else "yes" if shows else "**no**"
 
 

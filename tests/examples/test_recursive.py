@@ -134,49 +134,69 @@ def test_values_out_of_range_are_errors(options: dict[str, int], message: str) -
 # The study ----------------------------------------------------------------------------------------------------
 
 
-def is_solution(cells: tuple[int, ...]) -> bool:
+def is_solution(cells: tuple[int, ...], side: int, height: int, width: int) -> bool:
     """By rows, columns and boxes, rather than by peers."""
-    rows = [cells[4 * i : 4 * i + 4] for i in range(4)]
+    rows = [cells[side * i : side * (i + 1)] for i in range(side)]
     columns = list(zip(*rows, strict=True))
-    boxes = [[rows[2 * a + i][2 * b + j] for i in (0, 1) for j in (0, 1)] for a in (0, 1) for b in (0, 1)]
-    return all(sorted(group) == [1, 2, 3, 4] for group in (*rows, *columns, *boxes))
+    boxes = [
+        [rows[height * a + i][width * b + j] for i in range(height) for j in range(width)]
+        for a in range(side // height)
+        for b in range(side // width)
+    ]
+    return all(sorted(group) == list(range(1, side + 1)) for group in (*rows, *columns, *boxes))
 
 
 def test_there_are_288_solutions_in_12_classes(study: ModuleType) -> None:
-    every = study.solutions([0] * 16, 10**6)
+    every = study.solutions(study.SMALL, [0] * 16, 10**6)
     assert len(set(every)) == len(every) == 288
-    assert all(is_solution(s) for s in every)
+    assert all(is_solution(s, 4, 2, 2) for s in every)
     classes = [study.class_of(s) for s in every]
     assert len(set(classes)) == 12
     relabelled = tuple(5 - v for v in every[7])
     assert study.class_of(relabelled) == classes[7]
 
 
-def test_puzzles_have_one_solution_and_need_every_given(study: ModuleType) -> None:
-    draw = random.Random(0)
-    known = study.solutions([0] * 16, 10**6)
-    for _ in range(20):
-        puzzle, solution = study.make_puzzle(draw)
+def test_solutions_of_six_rows_are_solutions(study: ModuleType) -> None:
+    some = study.solutions(study.LARGE, [0] * 36, 50, random.Random(0))
+    assert len(set(some)) == 50
+    assert all(is_solution(s, 6, 2, 3) for s in some)
 
-        def fitting(givens: tuple[int, ...]) -> list[tuple[int, ...]]:
-            return [s for s in known if all(g in (0, v) for g, v in zip(givens, s, strict=True))]
 
-        assert fitting(puzzle) == [solution]
+@pytest.mark.parametrize("which", [0, 1])
+def test_puzzles_have_one_solution_and_need_every_given(study: ModuleType, which: int) -> None:
+    draw, grid = random.Random(0), study.GRIDS[which]
+    for _ in range((20, 2)[which]):
+        (solution,) = study.solutions(grid, [0] * grid.cells, 1, draw)
+        puzzle = study.dig(grid, solution, draw)
+        assert all(given in (0, v) for given, v in zip(puzzle, solution, strict=True))
+        assert study.solutions(grid, puzzle, 2) == [solution]
         for cell in (i for i, v in enumerate(puzzle) if v):
-            assert len(fitting((*puzzle[:cell], 0, *puzzle[cell + 1 :]))) > 1
+            assert len(study.solutions(grid, (*puzzle[:cell], 0, *puzzle[cell + 1 :]), 2)) == 2
 
 
-def test_no_class_is_both_trained_and_tested_on(study: ModuleType) -> None:
-    train, test = study.data(0, 60, 30)
-    assert train.puzzles.shape == (60, 16)
+@pytest.mark.parametrize("which", [0, 1])
+def test_no_class_is_both_trained_and_tested_on(study: ModuleType, which: int) -> None:
+    train, test = study.data(study.GRIDS[which], 0, *((60, 30), (6, 3))[which])
+    assert train.puzzles.shape == ((60, 16), (6, 36))[which]
     seen, held = ({study.class_of(s) for s in part.solutions.tolist()} for part in (train, test))
     assert len(held) > 1
     assert not seen & held
 
 
+def test_a_batch_is_relabelled(study: ModuleType) -> None:
+    part, _ = study.data(study.SMALL, 0, 4, 1)
+    batch = part.draw(64, torch.Generator().manual_seed(0))
+    known = {study.class_of(s) for s in part.solutions.tolist()}
+    assert {study.class_of(s) for s in batch.solutions.tolist()} == known
+    assert len({tuple(s) for s in batch.solutions.tolist()}) > 4  # more than there are
+    given = batch.puzzles > 0
+    assert torch.equal(batch.puzzles[given], batch.solutions[given])
+    assert set(given.sum(dim=1).tolist()) <= set((part.puzzles > 0).sum(dim=1).tolist())
+
+
 def test_one_batch_can_be_learned_by_heart(study: ModuleType) -> None:
     way, options = study.WAYS["whole round"], study.Options()
-    few, _ = study.data(0, 4, 1)
+    few, _ = study.data(study.SMALL, 0, 4, 1)
     torch.manual_seed(0)
     model = way.model(options)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -194,12 +214,16 @@ def test_one_batch_can_be_learned_by_heart(study: ModuleType) -> None:
 def test_the_study_runs(study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["--quick", "--solver", "broyden", "--grad", "jfb", "--out", str(tmp_path)]) == 0
     (found,) = json.loads((tmp_path / "recursive.json").read_text())["measured"]
-    for name, way in study.WAYS.items():
-        assert found[f"{name}: steps"] >= 2 * way.calls
-        assert found[f"{name}: steps"] % way.calls == 0
-        assert len(found[f"{name}: moves, curve"]) == study.SEGMENTS + 1
-        assert found[f"{name}: solved, trained"] <= found[f"{name}: cells, trained"] < 1
-        assert 0.5 < found[f"{name}: loss"] < 2.5  # that of guessing is log 4
+    for grid, names in zip(study.GRIDS, (study.WAYS, study.WAYS_LARGE), strict=True):
+        for name in names:
+            at, calls = f"{grid} {name}", study.WAYS[name].calls
+            assert found[f"{at}: batches"] >= 2
+            assert found[f"{at}: steps"] == calls * found[f"{at}: batches"]
+            assert len(found[f"{at}: moves, curve"]) == study.QUICK.segments
+            assert found[f"{at}: solved, trained"] <= found[f"{at}: cells, trained"] < 1
+            assert 0.5 < found[f"{at}: loss"] < 2.5  # that of guessing is log 4 and log 6
+    for name in study.LEVEL:
+        assert found[f"4×4 {name}, level: batches"] >= found["4×4 whole round: batches"]
     assert "recursive.png" in capsys.readouterr().out
 
 
