@@ -367,12 +367,27 @@ def both(template: str) -> Callable[[Results], str]:
     return filled
 
 
-def at_least(results: Results, this: str, that: str, margin: float = 0.0) -> bool:
-    """Whether an arm's mean IoU is that of another and a margin, on both tasks."""
-    return all(
+CLOSE = 0.01  # of a mean IoU, that counts as equal
+
+
+def at_least(results: Results, this: str, that: str, margin: float = 0.0) -> bool | str:
+    """Whether an arm's mean IoU is that of another and a margin: on both tasks, on none, or on which."""
+    shows = [
         results[f"{task} {this}"].mean >= results[f"{task} {that}"].mean + margin
         for task in ("patterns", "digits")
-    )
+    ]
+    return shows[0] if shows[0] == shows[1] else f"on {'patterns' if shows[0] else 'digits'} alone"
+
+
+def one_step(results: Results) -> bool | str:
+    """Whether it trains better than the unrolled gradient: with both hams on both tasks, or where."""
+    where = [
+        f"{ham.upper()} on {task}"
+        for ham in ("nmf", "vq")
+        for task in ("patterns", "digits")
+        if results[f"{task} {ham}"].mean > results[f"{task} {ham} unrolled"].mean
+    ]
+    return len(where) == 4 or (", ".join(where) + " alone" if where else False)
 
 
 CLAIMS = (
@@ -380,13 +395,13 @@ CLAIMS = (
         text="A matrix decomposition is as good as self-attention",
         paper="better: 44.9 % on ADE20K with NMF and ResNet-101",
         ours=both("NMF {nmf}, VQ {vq}, attention {attention}"),
-        shows=lambda r: at_least(r, "nmf", "attention"),
+        shows=lambda r: at_least(r, "nmf", "attention", -CLOSE),
     ),
     Claim(
         text="It gives a pixel what the convolutions do not see",
         paper="better than the same network without",
         ours=both("NMF {nmf}, VQ {vq}, without {none}"),
-        shows=lambda r: at_least(r, "nmf", "none", 0.01),
+        shows=lambda r: at_least(r, "nmf", "none", CLOSE),
     ),
     Claim(
         text="The same at the seconds that self-attention takes",
@@ -394,13 +409,13 @@ CLAIMS = (
         ours=both(
             "NMF {nmf same seconds}, VQ {vq same seconds}, attention {attention}, without {none same seconds}"
         ),
-        shows=lambda r: at_least(r, "nmf same seconds", "attention"),
+        shows=lambda r: at_least(r, "nmf same seconds", "attention", -CLOSE),
     ),
     Claim(
         text="The one-step gradient trains better than back-propagation through all steps",
         paper="for NMF and for VQ",
         ours=both("NMF {nmf}, unrolled {nmf unrolled}; VQ {vq}, unrolled {vq unrolled}"),
-        shows=lambda r: at_least(r, "nmf", "nmf unrolled") and at_least(r, "vq", "vq unrolled"),
+        shows=lambda r: one_step(r),
     ),
     Claim(
         text="Its memory does not depend on K",
@@ -473,7 +488,7 @@ def draw(figure: Any, found: Sequence[Measured]) -> None:
             (1, mean),
             xycoords=("axes fraction", "data"),
             ha="right",
-            va="bottom",
+            va="top",
             fontsize=7,
         )
     for arm in ("nmf", "nmf unrolled", "vq", "vq unrolled"):
@@ -499,7 +514,7 @@ STUDY = Study(
         f"{Sizes().steps} steps of {BATCH} images by Adam. Every arm has its own learning rate, of "
         f"{', '.join(map(str, RATES))}, chosen by validation after whole trainings.",
         "D starts from random numbers that are drawn once; the paper draws them at each call.",
-        "Seconds are CPU seconds of the process, without the evaluations.",
+        "Seconds are CPU seconds of the process, without the evaluations. One point counts as equal.",
     ),
     claims=CLAIMS,
     measure=measure,

@@ -8,9 +8,9 @@ A network z* = R(z*, Q(x)) with R a contraction by γ = ½, logits S(z*); see `t
     Jacobian-based    dL/dθ = Bᵀ u,   (I − Jᵀ) u = g, by GMRES, or as in the paper by CG on the normal equations
     explicit          the gradient of S(R(0, Q(x))), a residual network of the same layers, without a constraint
 
-Each takes the best of the same three learning rates on 200 images that are kept for that, and is reported on 597
-others. Compared at equal epochs, and at equal time: JFB and the explicit network train again for as many epochs as fit
-into the time that the Jacobian-based run took. `--grad` replaces JFB, `--solver` the forward solver of all.
+Each takes the best of the same three learning rates, by the loss on 200 images that are kept for that, and is reported
+on 597 others. Compared at equal epochs, and at equal time: JFB and the explicit network train again for as many epochs
+as fit into the time that the Jacobian-based run took. `--grad` replaces JFB, `--solver` the forward solver of all.
 
 Source: Fung, Heaton, Li, McKenzie, Osher and Yin (2022), arXiv 2103.12803.
 """
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from classifier import Digits, Run, accuracy, fit
+from classifier import Digits, Run, fit, loss
 from study import Claim, Measured, Options, Progress, Results, Study
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A run, at which learning rate, and how well it did on the images to choose by."""
+    """A run, at which learning rate, and its loss on the images to choose by."""
 
     run: Run
     rate: float
@@ -105,7 +105,7 @@ def train(
         watch=watch,
         told=told,
     )
-    return Trained(run, rate, accuracy(logits, *data.choose))
+    return Trained(run, rate, loss(logits, *data.choose))
 
 
 def measure(options: Options, progress: Progress) -> Measured:
@@ -133,7 +133,7 @@ def measure(options: Options, progress: Progress) -> Measured:
                     told=lambda a, arm=arm, rate=rate: progress.step(f"{arm}, rate {rate:g}: {a:.3f}"),
                 )
             )
-        best[arm] = max(trials, key=lambda t: (t.chosen_by, -t.run.loss[-1]))
+        best[arm] = min(trials, key=lambda t: t.chosen_by)
     for arm, trained in best.items():
         run = trained.run
         found |= {
