@@ -1,14 +1,14 @@
-"""What studies of classifiers share: scikit-learn's digits in three parts, a training run, and its clock."""
+"""What studies of classifiers share: scikit-learn's digits in three parts, and a training run."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
+from study import clock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -30,15 +30,6 @@ class Digits(NamedTuple):
         sizes = [128, 64, 64] if few else [1000, 200, 597]
         parts = zip(x[: sum(sizes)].split(sizes), y[: sum(sizes)].split(sizes), strict=True)
         return cls(*((a.to(device), b.to(device)) for a, b in parts))
-
-
-def seconds(device: torch.device) -> float:
-    """A clock. On a CPU with one thread it counts this process alone, so that neighbours on the machine do not."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (
-        time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
-    )
 
 
 @dataclass
@@ -102,16 +93,16 @@ def fit(
             xs, ys = x[part], y[part]
             if watch is not None:
                 watch(epoch * steps + step, xs, ys)
-            began = seconds(x.device)
+            began = clock(x.device)
             found = cross_entropy(logits(xs), ys)
             optimizer.zero_grad()
-            forward = seconds(x.device)
+            forward = clock(x.device)
             found.backward()
-            run.backward += seconds(x.device) - forward
+            run.backward += clock(x.device) - forward
             optimizer.step()
             schedule.step()
             after_step()
-            spent += seconds(x.device) - began
+            spent += clock(x.device) - began
             losses.append(found.detach())
         model.eval()
         run.accuracy.append(accuracy(logits, *held_out))

@@ -17,7 +17,6 @@ Source: Geng, Guo, Chen, Li, Wei and Lin (2021), arXiv 2109.04553.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from study import Claim, Measured, Options, Progress, Results, Study
+from study import Claim, Measured, Options, Progress, Results, Study, clock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -202,14 +201,6 @@ class Sizes:
 QUICK = Sizes(steps=3, rates=RATES[1:2], test=8, looks=1, depths=(2, 6))
 
 
-def clock(options: Options) -> float:
-    """Seconds: of this process alone, if it has one thread on a CPU, so that neighbours do not count."""
-    if options.device.type == "cuda":
-        torch.cuda.synchronize(options.device)
-    alone = options.device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time() if alone else time.perf_counter()
-
-
 class Run:
     """The training of an arm on a task."""
 
@@ -238,12 +229,12 @@ class Run:
 
     def step(self) -> None:
         x, y = self.draw(self.batches, BATCH, "train")
-        began = clock(self.options)
+        began = clock(self.options.device)
         loss = cross_entropy(self.net(x), y)
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
-        self.seconds += clock(self.options) - began
+        self.seconds += clock(self.options.device) - began
         self.steps += 1
 
     def train(self, steps: int) -> Run:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from study import Claim, Measured, Options, Progress, Results, Study
+from study import Claim, Measured, Options, Progress, Results, Study, clock
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -201,14 +200,6 @@ class Sizes:
 QUICK = Sizes(steps=2, tuning=0, tasks=4, looks=1, inner=(1, 8), exact=80)
 
 
-def clock(options: Options) -> float:
-    """Seconds: of this process alone, if it has one thread on a CPU, so that neighbours do not count."""
-    if options.device.type == "cuda":
-        torch.cuda.synchronize(options.device)
-    alone = options.device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time() if alone else time.perf_counter()
-
-
 @dataclass
 class Run:
     """The training of an arm: scores on both splits after some steps and seconds of training."""
@@ -241,12 +232,12 @@ class Run:
 
     def step(self) -> None:
         x, y, query, target = self.draw(self.batches, TASKS, "train")
-        began = clock(self.options)
+        began = clock(self.options.device)
         loss = self.family.loss(self.learner(x, y, query).flatten(0, 1), target.flatten(0, 1))
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
-        self.seconds += clock(self.options) - began
+        self.seconds += clock(self.options.device) - began
         self.steps += 1
         linear = getattr(self.learner, "linear", None)
         self.stalled += 0 if linear is None else int((linear.status == Status.STALLED).sum())
@@ -370,9 +361,9 @@ def gradients(options: Options, sizes: Sizes, progress: Progress) -> Measured:
     for name, ones in arms.items():
         errors, used, seconds = [], [next(memory) for _ in ones], []
         for one in ones:
-            began = clock(options)
+            began = clock(options.device)
             estimate = gradient(one)
-            seconds.append(clock(options) - began)
+            seconds.append(clock(options.device) - began)
             errors.append(float((estimate - exact).norm() / exact.norm()))
         found |= {
             f"gradient {name} errors": errors,

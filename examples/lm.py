@@ -19,14 +19,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from study import Claim, Measured, Options, Progress, Results, Study
+from study import Claim, Measured, Options, Progress, Results, Study, clock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -224,14 +223,6 @@ class Run:
     converged: list[float] = field(default_factory=list)  # the share of the samples
     early: float = math.nan  # the test loss after as many steps as the equilibrium made
     accuracy: float = math.nan  # at the end
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: of the processor, which other programs do not lengthen; of the wall with an accelerator."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def loss_of(logits: Tensor, batch: Batch, task: Task) -> Tensor:

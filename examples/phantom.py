@@ -31,8 +31,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from classifier import Digits, Run, fit, loss, seconds
-from study import Claim, Measured, Options, Progress, Results, Spread, Study
+from classifier import Digits, Run, fit, loss
+from study import Claim, Measured, Options, Progress, Results, Spread, Study, clock
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
@@ -202,12 +202,12 @@ def cost(model: ConvDEQ, method: GradMethod, options: Options, x: Tensor, y: Ten
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for _ in range(repeats + 1):
-            began = seconds(device)
+            began = clock(device)
             with torch.no_grad():
                 cross_entropy(model(x)[0], y)
-            forward = seconds(device)
+            forward = clock(device)
             torch.autograd.grad(cross_entropy(model(x)[0], y), parameters)
-            found.append(seconds(device) - forward - (forward - began))
+            found.append(clock(device) - forward - (forward - began))
     return statistics.median(found[1:])  # the first one warms up
 
 

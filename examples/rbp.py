@@ -23,9 +23,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from classifier import seconds
 from sklearn.datasets import load_digits
-from study import Claim, Measured, Options, Progress, Results, Study
+from study import Claim, Measured, Options, Progress, Results, Study, clock
 from torch import Tensor
 
 from torchdeq import DEQ, GMRES, IFT, ConvergenceWarning, GradMethod, SimpleFixedPointIteration, Unroll
@@ -118,7 +117,7 @@ def train(options: Options, images: Images, sizes: Sizes, method: GradMethod, ra
     memory, x = memory_of(options, sizes.hidden, method), images.whole
     optimizer = torch.optim.Adam(memory.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sizes.steps)
-    began, losses = seconds(x.device), []
+    began, losses = clock(x.device), []
     for _ in range(sizes.steps):
         optimizer.zero_grad()
         loss = loss_of(memory, x)
@@ -126,7 +125,7 @@ def train(options: Options, images: Images, sizes: Sizes, method: GradMethod, ra
         optimizer.step()
         schedule.step()
         losses.append(loss.detach() / len(x))
-    spent = seconds(x.device) - began
+    spent = clock(x.device) - began
     return Trained(
         memory, torch.stack(losses).tolist(), spent, rate, wrong(memory, images.choose, images.whole)
     )

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from study import Claim, Measured, Options, Progress, Results, Study
+from study import Claim, Measured, Options, Progress, Results, Study, clock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -238,14 +237,6 @@ WAYS = {
 }
 WAYS_LARGE = tuple(name for name in WAYS if name != "recorded")
 LEVEL = ("end only", "equilibrium")  # also trained for as many batches as a whole round has seen
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: of the processor, which other programs do not lengthen; of the wall with an accelerator."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def loss_of(logits: Sequence[Tensor], solved: Tensor) -> Tensor:

@@ -239,6 +239,14 @@ class Study:
         figure.savefig(path)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds. On a CPU with one thread those of this process alone, so that neighbours on the machine do not count."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def spreads(found: Sequence[Measured]) -> Results:
     """The numbers that each seed has, over the seeds."""
     names = [name for name, value in found[0].items() if isinstance(value, int | float)]
