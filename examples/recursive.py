@@ -14,8 +14,8 @@ of one size is trained in six ways:
 - *equilibrium*: as many rounds of Anderson's method at most, implicit differentiation, one loss.
 - *no recursion*: one update of z and one of y, from the beginning. At test time it can be made to go on from there.
 
-All are tried at the same learning rates and trained for the same seconds of the processor; *equilibrium* and *end only*
-also until they have seen as many batches as *whole round*. The 6×6 puzzles are for all ways but *recorded*, at the
+All are tried at the same learning rates and trained for the same seconds of the processor; *equilibrium*, the slowest,
+also until it has seen as many batches as *whole round*. The 6×6 puzzles are for all ways but *recorded*, at the
 learning rates of 4×4.
 
 Sources: Jolicoeur-Martineau (2025), Less is More: Recursive Reasoning with Tiny Networks (TRM), arXiv 2510.04871; Wang
@@ -55,6 +55,7 @@ from torchdeq.zoo.recursive import RecursiveReasoner, Thought
 ROUNDS, SEGMENTS, INNER, WIDTH, BATCH = 3, 4, 3, 32, 32
 LONGEST = 16  # segments, at test time
 RATES = (5e-3, 1e-2, 2e-2)
+CLOSE = 0.02  # of the puzzles, that counts as equal
 
 
 class Sizes(NamedTuple):
@@ -236,7 +237,7 @@ WAYS = {
     "no recursion": Way(deq=lambda _: segment(1), inner=1, rounds=1),
 }
 WAYS_LARGE = tuple(name for name in WAYS if name != "recorded")
-LEVEL = ("end only", "equilibrium")  # also trained for as many batches as a whole round has seen
+LEVEL = ("equilibrium",)  # also trained for as many batches as a whole round has seen
 
 
 def loss_of(logits: Sequence[Tensor], solved: Tensor) -> Tensor:
@@ -394,14 +395,16 @@ def more(
     then: str = "trained",
     grids: Sequence[Grid] = GRIDS,
 ) -> Claim:
-    """The claim that `one` solves more than `other`, after the segments that `when` and `then` say."""
+    """The claim that `one` solves more than `other`, by what does not count as equal, after `when` and `then`."""
     return Claim(
         text=text,
         paper=paper,
         ours=lambda r: "; ".join(
             f"{g}: {cell(r, g, one, when)} against {cell(r, g, other, then)}" for g in grids
         ),
-        shows=lambda r: verdict([solved(r, g, one, when) > solved(r, g, other, then) for g in grids], grids),
+        shows=lambda r: verdict(
+            [solved(r, g, one, when) > solved(r, g, other, then) + CLOSE for g in grids], grids
+        ),
     )
 
 
@@ -436,13 +439,6 @@ CLAIMS = (
         "39 against 19 (ARC-AGI, HRM)",
         "whole round",
         "end only",
-    ),
-    more(
-        "The same after as many batches, %",
-        "as above",
-        "whole round",
-        "end only, level",
-        grids=(SMALL,),
     ),
     more(
         "Recursion is better than a network as large without, that is called once, %",
@@ -561,6 +557,8 @@ STUDY = Study(
         "Equal seconds are neither equal steps of the optimiser nor equal batches: the tables say how many. The "
         f"learning rate is the best of {', '.join(f'{rate:g}' for rate in RATES)} after {Sizes().trial:g} seconds on "
         "4×4, for each way.",
+        f"{100 * CLOSE:g} points count as equal: with {Sizes().test[0]} puzzles one is a third of a point, and the "
+        "spread over seeds is larger.",
         "The paper's network without recursion is a transformer of 27 million parameters; here it is the same network.",
         "'One step' is TRM's network with HRM's gradient; HRM has two networks.",
     ),

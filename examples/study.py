@@ -151,7 +151,7 @@ class Study:
         """Measure for each seed, print, write; returns 0."""
         parser = self.parser()
         args = parser.parse_args(arguments)
-        began, found = time.perf_counter(), []
+        began, found = (time.perf_counter(), time.process_time()), []
         seeds = args.seeds if args.seeds is not None else [args.seed]
         for seed in seeds:
             options = Options(
@@ -164,7 +164,8 @@ class Study:
             finally:
                 progress.end()
         words = sys.argv[1:] if arguments is None else arguments
-        text = self.report(found, seeds, words, time.perf_counter() - began)
+        spent = time.perf_counter() - began[0], time.process_time() - began[1]
+        text = self.report(found, seeds, words, spent)
         print(text)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{self.name}.md").write_text(text + "\n")
@@ -196,9 +197,13 @@ class Study:
         return parser
 
     def report(
-        self, found: Sequence[Measured], seeds: Sequence[int], words: Sequence[str], seconds: float
+        self,
+        found: Sequence[Measured],
+        seeds: Sequence[int],
+        words: Sequence[str],
+        spent: tuple[float, float],
     ) -> str:
-        """Everything in Markdown."""
+        """Everything in Markdown. `spent` are the seconds that it took, and those of the processor."""
         results = spreads(found)
         head = ["claim", "paper", "ours", "shows here?"]
         rows = [[c.text, c.paper, c.ours(results), said(c.shows(results))] for c in self.claims]
@@ -226,7 +231,8 @@ class Study:
             "",
             f"`{command}`; seeds {', '.join(map(str, seeds))}: the mean, and the smallest and largest. "
             f"{datetime.date.today().isoformat()}, commit {commit()}, torch {torch.__version__}, python "
-            f"{platform.python_version()}, {torch.get_num_threads()} thread(s), {seconds:.0f} s.",
+            f"{platform.python_version()}, {torch.get_num_threads()} thread(s), {spent[0]:.0f} s, "
+            f"of the processor {spent[1]:.0f} s.",
         ]
         return "\n".join(lines)
 
@@ -270,14 +276,17 @@ def said(shows: bool | str | None) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, and whether what is tracked of the library differs from it."""
+    """The commit of this checkout, and whether what is tracked of the library or of the studies differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
         )
         state = subprocess.run(
-            [*git, "status", "--porcelain", "--", ":/torchdeq"], check=True, capture_output=True, text=True
+            [*git, "status", "--porcelain", "--", ":/torchdeq", ":/examples/*.py"],
+            check=True,
+            capture_output=True,
+            text=True,
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"

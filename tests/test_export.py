@@ -357,3 +357,24 @@ def test_an_example_that_does_not_fit_f_says_how_it_is_called() -> None:
     with pytest.raises(TypeError) as caught:
         export(deq, lambda z, x: (z / 2 + x).cos(), (torch.zeros(2, 4),))
     assert "give (z0, x)" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("method", [torchdeq.Unroll(last=2), torchdeq.TruncatedCycle()], ids=repr)
+def test_steps_of_a_methods_own_are_all_exported(method: torchdeq.GradMethod) -> None:
+    class Few(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = Cell().double()
+            self.deq = DEQ(FixedPointIteration(max_iter=3, min_iter=3, tol=torch.inf), method)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.deq(lambda z: self.cell(z, x), torch.zeros_like(x))[0]
+            return z
+
+    model, x = Few().eval(), torch.randn(4, 5, dtype=torch.float64)
+    cell = functools.partial(model.cell, x=x)
+    with torch.no_grad():
+        expected = cell(cell(cell(torch.zeros_like(x))))
+        program = export(model, (x,))
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x).detach(), expected, rtol=1e-12, atol=1e-12)

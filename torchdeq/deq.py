@@ -84,8 +84,8 @@ class DEQ(nn.Module):
 
     Derivatives follow `torch.is_grad_enabled()`, in training and in eval mode alike. Without grad mode no graph
     is built and z is exactly the state whose residual is reported; with it z = f(that state), which is closer
-    still to the fixed point of a contraction. `Reversible`, whose derivative is that of its own steps, makes the same
-    steps in both modes and gives the same z.
+    still to the fixed point of a contraction. `Reversible`, `Unroll` and `TruncatedCycle`, whose derivative is that of
+    their own steps, make the same steps in both modes and give the same z, and so do recorded states.
 
     Example:
         >>> import torch, torchdeq
@@ -274,7 +274,8 @@ class DEQ(nn.Module):
             torch._assert_async(solution.converged.all(), f"a sample did not converge. {FORWARD_REMEDY}")
         # A derivative of the loop would be wrong; torch does not record that there is none.
         solution = unravel_solution(solution, layout).detach()
-        return solution.z, solution
+        steps = method.own_steps and isinstance(solver, FixedPointIteration)
+        return f(solution.z) if steps else solution.z, solution
 
     def _backward(self, solution: Solution) -> None:
         if self.on_backward is not None:
@@ -410,6 +411,11 @@ def solve_and_attach(
                 z, solution = methods[-1].without_grad(flat, start, solver, record=record)
             if ours:
                 release(held)
-            states = [*solution.states, z]
+            plain = isinstance(solver, FixedPointIteration)
+            states = [
+                method.attach(flat, z)[-1] if method.own_steps and plain else z
+                for method, z in zip(methods[:-1], solution.states, strict=True)
+            ]
+            states.append(z)
     bare = dataclasses.replace(solution, states=[]) if solution.states else solution
     return [layout.unravel(z) for z in states], unravel_solution(bare, layout)

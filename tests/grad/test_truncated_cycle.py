@@ -93,7 +93,7 @@ def test_the_solvers_tolerance_judges_and_stops_nothing():
     assert solution.converged.all()
 
 
-def test_without_grad_mode_it_makes_as_many_evaluations():
+def test_without_grad_mode_it_gives_the_same_by_as_many_evaluations():
     f, calls = TanhMap.make(n=6, batch=2), []
     deq = DEQ(fixed(5), TruncatedCycle(grad_steps=2))
     counted = lambda z: calls.append(1) or f(z)  # noqa: E731
@@ -101,8 +101,19 @@ def test_without_grad_mode_it_makes_as_many_evaluations():
     with torch.no_grad():
         without, solution = deq(counted, f.z0)
     assert len(calls) == 10
-    assert torch.equal(f(without), with_graph)
+    assert torch.equal(without, with_graph)
     assert solution.nfe == 5
+
+
+def test_without_grad_mode_max_iter_counts_and_there_is_no_noise():
+    f = TanhMap.make(n=6, batch=2)
+    with torch.no_grad():
+        z, solution = DEQ(fixed(4), TruncatedCycle(cycles=9, noise=0.3))(f, f.z0)
+        assert torch.equal(z, f(f(f(f(f.z0)))))
+        assert solution.nfe == 4
+        z, solution = DEQ(Anderson(tol=1e-9), TruncatedCycle())(f, f.z0)
+    assert solution.converged.all()
+    assert torch.equal(z, solution.z)
 
 
 def test_noise_moves_a_copy_of_the_start_by_as_much_as_was_said():

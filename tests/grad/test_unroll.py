@@ -171,6 +171,33 @@ def test_the_budget_includes_the_tracked_evaluations_and_record_goes_on_through_
     assert error([s.detach() for s in solution.states], want) < 1e-14
 
 
+@KINDS
+@pytest.mark.parametrize("last", [None, 1, 3, 20])
+def test_without_grad_mode_the_value_is_the_same(kind, last):
+    f = TanhMap.make(n=6, batch=3, gain=0.6)
+    deq = DEQ(kind(max_iter=20, tol=1e-3, tau=0.9), Unroll(last=last), record=(4, 6))
+    with_graph, there = deq(f, f.z0)
+    with torch.no_grad():
+        z, solution = deq(f, f.z0)
+    assert not z.requires_grad
+    assert torch.equal(z, with_graph)
+    assert all(torch.equal(a, b) for a, b in zip(solution.states, there.states, strict=True))
+    assert solution.nfe <= there.nfe
+    assert torch.equal(solution.abs_residual, there.abs_residual)
+
+
+def test_without_grad_mode_another_solver_runs_as_it_is():
+    f = TanhMap.make(n=6, batch=3)
+    deq = DEQ(FixedPointIteration(max_iter=8), Unroll(last=5), eval_solver=Anderson(tol=1e-9)).eval()
+    with torch.no_grad():
+        z, solution = deq(f, f.z0)
+        assert torch.equal(z, solution.z)
+        deq.eval_solver = SimpleFixedPointIteration(max_iter=3, tol=torch.inf)  # fewer than are tracked
+        z, solution = deq(f, f.z0)
+    assert torch.equal(z, f(f(f(f.z0))))
+    assert solution.nfe == 3
+
+
 def test_a_samples_gradient_does_not_depend_on_its_neighbours():
     f = TanhMap.make(n=6, batch=4, gain=0.6)
     f.x.data[1:] *= torch.tensor([[0.01], [1.0], [30.0]])

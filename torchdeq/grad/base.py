@@ -41,9 +41,10 @@ class GradMethod(Method):
         ([1.0, 1.0, 1.0], OneStep())
     """
 
-    needs_solve: ClassVar[bool] = (
-        False  # whether it can do nothing with a solved state, so that `attach` raises
-    )
+    #: Whether it can do nothing with a solved state, so that `attach` raises.
+    needs_solve: ClassVar[bool] = False
+    #: Whether its derivative is that of steps of plain iteration, whose last image it returns in either grad mode.
+    own_steps: ClassVar[bool] = False
 
     def attach(self, f: Map, z: Tensor, *, on_backward: OnBackward | None = None) -> list[Tensor]:
         """States that carry the derivative, made from the solved state z.

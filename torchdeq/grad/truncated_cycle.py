@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torchdeq.grad.phantom import PhantomGrad
 from torchdeq.grad.unroll import plain_iteration, run_to_the_end
 from torchdeq.solution import Solution
 from torchdeq.solver.base import SolverLoop
+from torchdeq.solver.fp_iter import FixedPointIteration
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -44,9 +46,9 @@ class TruncatedCycle(GradMethod):
     backward pass one through each of the k. The derivative is that of the k steps, and so are those of higher order.
 
     Arguments:
-        cycles: T ≥ 0. None: what the solver's max_iter leaves, so that T + k = max_iter and a call without grad mode,
-            in which `DEQ` runs the solver alone, makes as many evaluations as one in training. A number: so many,
-            whatever max_iter is, which then counts for calls without grad mode only.
+        cycles: T ≥ 0. None: what the solver's max_iter leaves, so that T + k = max_iter, and a call without grad mode
+            gives the same value. A number: so many, whatever max_iter is, which is then how many evaluations a call
+            without grad mode makes.
         grad_steps: k ≥ 1.
         noise: σ ≥ 0, of the Gaussian noise that is added to a copy of z0 at each call in grad mode. With z0 = 0 that is
             a random start. It follows the global seed, and is drawn for the batch at once: which numbers a sample gets
@@ -77,6 +79,8 @@ class TruncatedCycle(GradMethod):
         >>> losses[-1] < losses[0], solution.nfe
         (True, 6)
     """
+
+    own_steps: ClassVar[bool] = True
 
     cycles: int | None = None
     grad_steps: int = 1
@@ -125,6 +129,14 @@ class TruncatedCycle(GradMethod):
         picard = picard.replace(max_iter=total, min_iter=min(picard.min_iter, total))
         out, solution = run_to_the_end(f, self._start(z0), picard, self.grad_steps, record)
         return [out], solution
+
+    def without_grad(
+        self, f: Map, z0: Tensor, solver: SolverLoop, *, record: Sequence[int] = ()
+    ) -> tuple[Tensor, Solution]:
+        """The last of the solver's `max_iter` evaluations from z0, without noise; another solver runs as it is."""
+        if not isinstance(solver, FixedPointIteration):
+            return super().without_grad(f, z0, solver, record=record)
+        return run_to_the_end(f, z0, solver, 1, record)
 
     def _start(self, z: Tensor) -> Tensor:
         """A start of our own: z, with noise, without a graph."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Unroll(GradMethod):
 
     In full, derivatives of any order, also in forward mode, as right as the iteration has converged. Works with
     `FixedPointIteration` and its simple form, whose steps build nothing but the graph of f.
+
+    What is returned is f of the last iterate, without grad mode too, as it is the value of the steps.
 
     Memory: one graph of f per evaluation, k graphs with `last`, with `checkpoint` one state for each. Cost: the solve
     and one tracked call of f; in a backward pass one through each tracked call, which is made again with `checkpoint`.
@@ -72,6 +74,8 @@ class Unroll(GradMethod):
         >>> round(g.item(), 6), round(h.item(), 6)  # 1/(1 − a)² and 2/(1 − a)³
         (4.0, 16.0)
     """
+
+    own_steps: ClassVar[bool] = True
 
     last: int | None = None
     checkpoint: bool = False
@@ -104,6 +108,17 @@ class Unroll(GradMethod):
         steps = self._steps(f, z0, True)
         solution = picard.run(steps, z0, record=record)
         return [steps(solution.z)], solution.detach()
+
+    def without_grad(
+        self, f: Map, z0: Tensor, solver: SolverLoop, *, record: Sequence[int] = ()
+    ) -> tuple[Tensor, Solution]:
+        """The same value, of as many evaluations; what another solver makes of it, if it is another."""
+        if not isinstance(solver, FixedPointIteration):
+            return super().without_grad(f, z0, solver, record=record)
+        if self.last is not None:
+            return self._cut(f, z0, solver, min(self.last, solver.max_iter), record)
+        solution = solver.run(f, z0, record=record)
+        return f(solution.z), solution
 
     def _steps(self, f: Map, z: Tensor, tangents: bool) -> FlatMap:
         inner, layout = (f.f, f.layout) if isinstance(f, FlatMap) else (f, layout_of(z))

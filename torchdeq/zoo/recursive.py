@@ -151,9 +151,6 @@ class RecursiveReasoner(nn.Module):
 
         end, solution = self.deq(f, carry or self.begin(puzzles))
         thoughts: list[Thought] = [*solution.states, end]
-        if not torch.is_grad_enabled():  # then a solve returns what it evaluated, which is a round less
-            thoughts = [f(thought) for thought in thoughts]
-        end = thoughts[-1]
         return [self.head(t.y) for t in thoughts], Thought(end.y.detach(), end.z.detach()), solution
 
 
