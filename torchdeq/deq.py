@@ -20,6 +20,7 @@ from torchdeq.grad.base import GradMethod, OnBackward
 from torchdeq.grad.fixed_count import check_fixed, solve_fixed
 from torchdeq.grad.ift import ADJOINT_REMEDY, IFT
 from torchdeq.grad.reversible import Reversible
+from torchdeq.grad.unroll import Unroll
 from torchdeq.solution import Reporter, Solution
 from torchdeq.solver.base import SolverLoop, flatten_map, unravel_solution
 from torchdeq.solver.compiled import Compiled
@@ -262,7 +263,9 @@ class DEQ(nn.Module):
                 f"{self!r} is in training mode; what is exported is inference. Call model.eval() first."
             )
         method = methods_for(self.grad, self.record)[-1]
-        if isinstance(method, Reversible) and isinstance(solver, FixedPointIteration):
+        plain = isinstance(solver, FixedPointIteration)
+        whole = isinstance(method, Unroll) and method.last is None  # the steps of the solver, and one
+        if plain and not whole and (method.own_steps or isinstance(method, Reversible)):
             raise TypeError(
                 f"{method!r} makes steps of its own, which are not exported. The fixed point is also that of another "
                 f"solver: set deq.eval_solver = Anderson(tol=…)."
@@ -274,8 +277,7 @@ class DEQ(nn.Module):
             torch._assert_async(solution.converged.all(), f"a sample did not converge. {FORWARD_REMEDY}")
         # A derivative of the loop would be wrong; torch does not record that there is none.
         solution = unravel_solution(solution, layout).detach()
-        steps = method.own_steps and isinstance(solver, FixedPointIteration)
-        return f(solution.z) if steps else solution.z, solution
+        return f(solution.z) if plain and whole else solution.z, solution
 
     def _backward(self, solution: Solution) -> None:
         if self.on_backward is not None:
