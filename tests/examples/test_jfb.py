@@ -27,7 +27,7 @@ def network(method: JFB | IFT | Unroll, *, scale: float = 1.0, size: int = 4) ->
     with torch.no_grad():
         model.first.weight.mul_(scale)
         model.second.weight.mul_(scale)
-    model.constrain(steps=200)
+    model.constrain(steps=200, tol=0.0)
     return model.eval()
 
 
@@ -59,22 +59,25 @@ def test_a_block_without_weights_is_no_error_and_is_constrained_when_it_has_some
         model.constrain()
         assert torch.equal(model.first.weight, torch.zeros_like(model.first.weight))
         model.first.weight.normal_()
-    model.constrain(steps=200)
+    model.constrain(steps=200, tol=0.0)
     assert operator_norm(model.first.weight.detach(), 4) == pytest.approx(math.sqrt(0.5), rel=1e-4)
 
 
-def test_training_keeps_the_constraint_with_two_steps_of_power_iteration_each() -> None:
+@pytest.mark.parametrize("rate", [1e-2, 3e-2])
+def test_training_keeps_the_constraint(rate: float) -> None:
     torch.manual_seed(0)
     model = FixedPointNetwork(channels=8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     x, y = torch.rand(32, 1, 8, 8), torch.randint(10, (32,))
-    for _ in range(30):
+    for _ in range(20):
         optimizer.zero_grad()
         cross_entropy(model(x)[0], y).backward()
         optimizer.step()
         model.constrain()
-    norms = [operator_norm(conv.weight.detach(), 8) for conv in (model.first, model.second)]
-    assert max(norms) < 1.05 * math.sqrt(0.5)  # power iteration lags behind weights that move
+        norms = [operator_norm(conv.weight.detach(), 8) for conv in (model.first, model.second)]
+        assert max(norms) < 1.06 * math.sqrt(
+            0.5
+        )  # power iteration is slow where two singular values are close
     assert min(norms) > 0.9 * math.sqrt(0.5)  # it is active here
 
 

@@ -139,8 +139,11 @@ class IMAML(nn.Module):
         return {name: p - self.rate * slope[name] for name, p in phi.items()}
 
     def _descend(self, objective: Any, start: Parameters, *data: Any) -> Parameters:
+        """`steps` of `_step`, by autograd, which costs less than torch.func where no derivative is wanted of them."""
         phi = start
-        with torch.no_grad():
-            for _ in range(self.steps):
-                phi = self._step(phi, *data)
-        return phi
+        for _ in range(self.steps):
+            phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
+            with torch.enable_grad():
+                slope = torch.autograd.grad(objective(phi, *data), list(phi.values()))
+            phi = {name: p - self.rate * g for (name, p), g in zip(phi.items(), slope, strict=True)}
+        return {name: p.detach() for name, p in phi.items()}

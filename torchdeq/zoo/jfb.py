@@ -12,7 +12,7 @@ and a linear map. `constrain` scales W₁ and W₂ down where their norms, as op
 
 Source: Fung, Heaton, Li, McKenzie, Osher and Yin (2022), arXiv 2103.12803. Departures from its authors' program: there
 R ends with a factor γ, and its Lipschitz constant is estimated from a random perturbation; here the norms of the
-convolutions are followed by power iteration, which bounds it for all z. There R has batch normalisation inside in
+convolutions, which bound it for all z, are followed by power iteration, to some per cent in training. There R has batch normalisation inside in
 Jacobian-free networks, but not in Jacobian-based ones, as it couples the images of a batch; here it has none, so that
 both train one network.
 """
@@ -104,15 +104,25 @@ class FixedPointNetwork(nn.Module):
         return leaky_relu(v + self.second(leaky_relu(self.first(z + v), 0.1)), 0.1)
 
     @torch.no_grad()
-    def constrain(self, steps: int = 2) -> None:
+    def constrain(self, steps: int = 50, tol: float = 1e-4) -> None:
         """Project W₁ and W₂ back to norms of at most √γ. To be called after each step of the optimiser.
 
         Arguments:
-            steps: of power iteration. It remembers where it was, so that a few are enough for weights that move slowly.
+            steps: of power iteration, at most. It remembers where it was, so that it is short for weights that move
+                slowly.
+            tol: it ends where a step adds no more than this to the norm, relative.
         """
         for vector, conv in zip(self.vectors, (self.first, self.second), strict=True):
+            before = 0.0
             for _ in range(steps):
                 image = conv2d(vector / vector.norm(), conv.weight, padding=1)
                 turned = conv_transpose2d(image, conv.weight, padding=1)
-                vector.copy_(torch.where(turned.norm() > 0, turned, vector))  # weights of zero leave it
-            conv.weight.mul_((self.contraction**0.5 / image.norm()).clamp(max=1))
+                norm = image.norm().item()
+                if norm == 0:  # no weights, or none that the vector sees: it stays
+                    break
+                vector.copy_(turned)
+                if norm <= (1 + tol) * before:
+                    break
+                before = norm
+            if norm > self.contraction**0.5:
+                conv.weight.mul_(self.contraction**0.5 / norm)
