@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -24,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from torchdeq import DEQ, GRADS, SOLVERS, GradMethod, Solver, as_grad, as_solver
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
 
 #: What was measured for a seed: numbers, or lists of numbers for curves, by name.
 Measured = dict[str, Any]
@@ -251,6 +256,32 @@ def clock(device: torch.device) -> float:
         torch.accelerator.synchronize(device)
         return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def peaks(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """The most MiB that were allocated while each ran, above what there was."""
+    runs[0]()  # what is made only once does not count
+    if device.type == "cuda":
+        found = []
+        for run in runs:
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            run()
+            found.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+        return found
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        for i, run in enumerate(runs):
+            with record_function(f"run {i}"):
+                run()
+    events = watch.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    spans = {e.name(): (e.start_ns(), e.end_ns()) for e in events if e.name().startswith("run ")}
+    found = []
+    for i in range(len(runs)):
+        begin, end = spans[f"run {i}"]
+        inside = [change for when, change in changes if begin <= when <= end]
+        found.append(max(itertools.accumulate(inside, initial=0)) / 2**20)
+    return found
 
 
 def spreads(found: Sequence[Measured]) -> Results:

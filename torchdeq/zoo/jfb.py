@@ -12,9 +12,9 @@ and a linear map. `constrain` scales W₁ and W₂ down where their norms, as op
 
 Source: Fung, Heaton, Li, McKenzie, Osher and Yin (2022), arXiv 2103.12803. Departures from its authors' program: there
 R ends with a factor γ, and its Lipschitz constant is estimated from a random perturbation; here the norms of the
-convolutions, which bound it for all z, are followed by power iteration, to some per cent in training. There R has batch normalisation inside in
-Jacobian-free networks, but not in Jacobian-based ones, as it couples the images of a batch; here it has none, so that
-both train one network.
+convolutions, which bound it for all z, are followed by power iteration, to some per cent in training. There R has batch
+normalisation inside in Jacobian-free networks, but not in Jacobian-based ones, as it couples the images of a batch;
+here it has none, so that both train one network.
 """
 
 from __future__ import annotations
