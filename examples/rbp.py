@@ -379,7 +379,7 @@ def tables(r: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
         rows.append([f"{name}, GMRES" if name == OURS else name, rates, *cells])
     title = (
         f"{r['steps'].cell(0)} training steps, K = {TERMS}; {r['damage'].cell(1, 100)} % of the pixels of a damaged "
-        f"image are wrong. Saved is what autograd keeps, peak what is allocated for a gradient, with its solver's states"
+        f"image are wrong. Saved: what autograd keeps; peak: what is allocated for a gradient, with its solver's states"
     )
     found = [(title, [head, *rows])]
     orders = (*FEW, TERMS)
