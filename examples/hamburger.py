@@ -515,6 +515,7 @@ STUDY = Study(
     name="hamburger",
     title="Is attention better than matrix decomposition?",
     source="Geng, Guo, Chen, Li, Wei and Lin, ICLR 2021, arXiv 2109.04553.",
+    replaces="--solver and --grad are in the place of six steps and their one-step gradient.",
     smaller=(
         "Images of 16×16 pixels, generated or of digits, in the place of ADE20K and PASCAL VOC; 32 channels, rank 8.",
         f"{Sizes().steps} steps of {BATCH} images by Adam. Every arm has its own learning rate, of "

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from classifier import Digits, Run, fit, loss
+from classifier import CLOSE, Digits, Run, as_good, fit, loss
 from study import Claim, Measured, Options, Progress, Results, Study
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -35,7 +35,6 @@ SOLVER = FixedPointIteration(tol=1e-3, stop_mode="rel", max_iter=50)
 TIGHT = FixedPointIteration(tol=1e-6, stop_mode="rel", max_iter=100)
 EXACT = IFT(solver=GMRES(tol=1e-3))
 NORMAL = IFT(solver=CGNR(tol=1e-3))
-CLOSE = 0.5  # points of accuracy that count as equal: three of 597 images
 
 
 class Sizes(NamedTuple):
@@ -182,6 +181,7 @@ def measure(options: Options, progress: Progress) -> Measured:
     for arm in ("exact", "explicit"):
         found[f"gain over {arm}"] = found["jfb"] - found[arm]
     found["long gain over exact"] = found["jfb long"] - found["exact"]
+    found["long gain over explicit"] = found["jfb long"] - found["explicit long"]
     found["speedup"] = found["exact epoch"] / found["jfb epoch"]
     found["speedup of backward"] = found["exact backward"] / found["jfb backward"]
     return found
@@ -197,7 +197,7 @@ CLAIMS = [
         text="JFB loses no accuracy against the exact gradient, at equal epochs (%)",
         paper="MNIST 99.36 against 95.99",
         ours=lambda r: points(r, "jfb", "exact"),
-        shows=lambda r: r["gain over exact"].mean > -CLOSE,
+        shows=lambda r: as_good(r["gain over exact"]),
     ),
     Claim(
         text="it is even better than the exact gradient (points)",
@@ -209,7 +209,7 @@ CLAIMS = [
         text="it is as good as an explicit network of the same layers, at equal epochs (%)",
         paper="MNIST 99.36 against 99.29",
         ours=lambda r: points(r, "jfb", "explicit"),
-        shows=lambda r: r["gain over explicit"].mean > -CLOSE,
+        shows=lambda r: as_good(r["gain over explicit"]),
     ),
     Claim(
         text="an epoch takes less time than with the exact gradient",
@@ -223,13 +223,13 @@ CLAIMS = [
         text="in equal time it is as good as the exact gradient (%)",
         paper="not compared",
         ours=lambda r: points(r, "jfb long", "exact"),
-        shows=lambda r: r["long gain over exact"].mean > -CLOSE,
+        shows=lambda r: as_good(r["long gain over exact"]),
     ),
     Claim(
         text="in equal time it is as good as the explicit network (%)",
         paper="not compared",
         ours=lambda r: points(r, "jfb long", "explicit long"),
-        shows=lambda r: r["jfb long"].mean - r["explicit long"].mean > -CLOSE,
+        shows=lambda r: as_good(r["long gain over explicit"]),
     ),
     Claim(
         text="its gradient descends: its cosine to the exact one is positive",
@@ -300,11 +300,13 @@ STUDY = Study(
     name="jfb",
     title="JFB: Jacobian-free backpropagation",
     source="Fung, Heaton, Li, McKenzie, Osher and Yin (AAAI 2022), arXiv 2103.12803",
+    replaces="--solver is the forward solver of all; --grad is in the place of JFB.",
     smaller=[
         "digits of 8×8 pixels, 1000 to train on, in place of MNIST, SVHN and CIFAR-10; 16 channels; one residual block",
         "all train one network. In the authors' program the Jacobian-based network has no batch normalisation in R, "
         "which the Jacobian-free one has; R has none here",
-        f"accuracies on 597 images: one of them is 0.17 points, and {CLOSE} points count as equal",
+        f"accuracies on 597 images: one of them is 0.17 points, and {CLOSE} points count as equal, "
+        "unless it is the same side that is worse for each seed",
         "with one thread on a CPU, seconds are those of the process",
     ],
     claims=CLAIMS,

@@ -585,6 +585,7 @@ STUDY = Study(
     name="lm",
     title="Deep equilibrium sequence models",
     source="Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019, arXiv 1909.01377.",
+    replaces="--solver and --grad are those of the equilibrium.",
     smaller=(
         f"Models of 15 to 20 thousand parameters, width {WIDTH}, trained for some ten seconds; the paper's have up to "
         "180 million.",

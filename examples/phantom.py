@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from classifier import Digits, Run, fit, loss
+from classifier import CLOSE, Digits, Run, as_good, fit, loss
 from study import Claim, Measured, Options, Progress, Results, Spread, Study, clock
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -57,7 +57,6 @@ KINDS = ("Gaussian", "symmetric")
 SOLVER = Broyden(tol=1e-2, stop_mode="rel", max_iter=20)
 EXACT = IFT(solver=GMRES(tol=1e-2, max_iter=40))
 AS_IN_PAPER = IFT(solver=Broyden(tol=1e-2, stop_mode="rel", max_iter=40))
-CLOSE = 0.5  # points of accuracy that count as equal: three of 597 images
 
 
 class Sizes(NamedTuple):
@@ -298,7 +297,7 @@ def apart(r: Results, evaluations: int) -> float:
 DEFAULT = arm(5, 0.5)
 CLAIMS = [
     Claim(
-        text="a phantom gradient is an ascent direction of the loss, as the exact one: cosine > 0, least of all",
+        text="at the fixed point a phantom gradient is an ascent direction, as the exact one: cosine > 0, least of all",
         paper="> 0",
         ours=lambda r: r["least cosine"].cell(3),
         shows=lambda r: min(r["least cosine"].values) > 0,
@@ -308,7 +307,7 @@ CLAIMS = [
         paper="nearer",
         ours=lambda r: (
             " → ".join(f"{Spread(means(r, ARRIVED, 'unrolled', k, 0.5)).mean:.3f}" for k in STEPS)
-            + " for τ = 0.5"
+            + " for τ = 0.5, the mean of Gaussian and symmetric W"
         ),
         shows=rises,
     ),
@@ -337,7 +336,7 @@ CLAIMS = [
         text="(5, ½) trains as well as the exact gradient, at equal epochs (%)",
         paper="CIFAR-10 95.0",
         ours=lambda r: f"{r[DEFAULT].cell(2)} against {r['exact'].cell(2)}",
-        shows=lambda r: r["gain"].mean > -CLOSE,
+        shows=lambda r: as_good(r["gain"]),
     ),
     Claim(
         text="it is even better (points)",
@@ -349,7 +348,7 @@ CLAIMS = [
         text="(5, ½) trains as well as the exact gradient, in equal time (%)",
         paper="not compared",
         ours=lambda r: f"{r['long'].cell(2)} against {r['exact'].cell(2)}",
-        shows=lambda r: r["long gain"].mean > -CLOSE,
+        shows=lambda r: as_good(r["long gain"]),
     ),
 ]
 
@@ -430,11 +429,13 @@ STUDY = Study(
     name="phantom",
     title="Phantom gradients",
     source="Geng, Zhang, Bai, Wang and Lin (NeurIPS 2021), arXiv 2111.05177",
+    replaces="--solver is the forward solver of the digits' model; --grad is in the place of its unrolled (5, ½).",
     smaller=[
         "random contractions of 32 numbers in float64, with tanh and a loss of our own choice",
         "one scale of MDEQ with 12 channels on digits of 8×8 pixels, 1000 to train on, in place of MDEQ on CIFAR-10 "
         "and ImageNet; at most 20 evaluations forward",
-        f"accuracies on 597 images: one of them is 0.17 points, and {CLOSE} points count as equal",
+        f"accuracies on 597 images: one of them is 0.17 points, and {CLOSE} points count as equal, "
+        "unless it is the same side that is worse for each seed",
         "the exact gradient and the forward solve stop at a relative residual of 1e-2",
         "the cost of a gradient is that of a forward and a backward pass, less that of a forward pass without a graph; "
         "all on one model. With one thread on a CPU, seconds are those of the process",

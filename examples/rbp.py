@@ -437,6 +437,7 @@ STUDY = Study(
     name="rbp",
     title="Recurrent back-propagation, and its variants",
     source="Liao, Xiong, Fetaya, Zhang, Yoon, Pitkow, Urtasun and Zemel (ICML 2018), arXiv 1803.06396",
+    replaces="--solver is the forward solver of all but BPTT and TBPTT; --grad is in the place of IFT with GMRES.",
     smaller=[
         "digits of 8×8 pixels in black and white, one of each class, in place of MNIST; 128 hidden units, 1024 there",
         "600 training steps of all ten images with a learning rate that falls, for 10,000 of one image each",

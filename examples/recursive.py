@@ -420,7 +420,8 @@ def no_equilibrium(text: str, paper: str, name: str, grids: Sequence[Grid]) -> C
         paper=paper,
         ours=lambda r: "; ".join(
             f"{g}: {cell(r, g, 'whole round')} against {cell(r, g, name)}, at its solver's state "
-            f"{r[f'{g} {name}: solved at rest'].cell(1, 100)}"
+            f"{r[f'{g} {name}: solved at rest'].cell(1, 100)}; {r[f'{g} {name}: converged'].cell(0, 100)} % of its "
+            "solves converged"
             for g in grids
         ),
         shows=lambda r: verdict([solved(r, g, "whole round") >= at_best(r, g, name) for g in grids], grids),
@@ -546,6 +547,7 @@ STUDY = Study(
     title="Recursive reasoning with a small network",
     source="Jolicoeur-Martineau, Less is More: Recursive Reasoning with Tiny Networks, 2025, arXiv 2510.04871; Wang et "
     "al., Hierarchical Reasoning Model, 2025, arXiv 2506.21734.",
+    replaces="--solver and --grad are those of the equilibrium.",
     smaller=(
         "Sudoku of 4×4 and 6×6 in which no given can be left out, rather than Sudoku-Extreme of 9×9; tested on "
         f"solutions of other classes than those trained on; {Sizes().train[0]} and {Sizes().train[1]} puzzles to train "

@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from torchdeq import DEQ, GRADS, SOLVERS, GradMethod, Solver, as_grad, as_solver
+from torchdeq.solver import AffineSolver
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
 
@@ -136,6 +137,7 @@ class Study:
         name: of the file.
         title: what is studied.
         source: the paper.
+        replaces: what `--solver` and `--grad` are in the place of.
         smaller: what was made smaller, or is artificial.
         claims: of the paper, each compared with what was measured.
         measure: measures for one seed. A number gets a mean and a range over seeds; a list is a curve, for the figure.
@@ -146,6 +148,7 @@ class Study:
     name: str
     title: str
     source: str
+    replaces: str
     smaller: Sequence[str]
     claims: Sequence[Claim]
     measure: Callable[[Options, Progress], Measured]
@@ -156,6 +159,8 @@ class Study:
         """Measure for each seed, print, write; returns 0."""
         parser = self.parser()
         args = parser.parse_args(arguments)
+        out = args.out or Path("runs") / ("quick" if args.quick else "")
+        out.mkdir(parents=True, exist_ok=True)  # an error here is better than one at the end
         began, found = (time.perf_counter(), time.process_time()), []
         seeds = args.seeds if args.seeds is not None else [args.seed]
         for seed in seeds:
@@ -170,34 +175,35 @@ class Study:
                 progress.end()
         words = sys.argv[1:] if arguments is None else arguments
         spent = time.perf_counter() - began[0], time.process_time() - began[1]
-        text = self.report(found, seeds, words, spent)
+        text = self.report(found, seeds, words, spent, args)
         print(text)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{self.name}.md").write_text(text + "\n")
+        (out / f"{self.name}.md").write_text(text + "\n")
         raw = {"seeds": list(seeds), "measured": found}
-        (args.out / f"{self.name}.json").write_text(json.dumps(raw) + "\n")
-        self.figure(args.out / f"{self.name}.png", found)
-        print(
-            f"Written: {', '.join(str(args.out / f'{self.name}.{kind}') for kind in ('md', 'json', 'png'))}"
-        )
+        (out / f"{self.name}.json").write_text(json.dumps(raw) + "\n")
+        self.figure(out / f"{self.name}.png", found)
+        print(f"Written: {', '.join(str(out / f'{self.name}.{kind}') for kind in ('md', 'json', 'png'))}")
         return 0
 
     def parser(self) -> argparse.ArgumentParser:
         """Of the options that all studies have."""
-        parser = argparse.ArgumentParser(prog=f"{self.name}.py", description=f"{self.title}. {self.source}")
+        parser = argparse.ArgumentParser(
+            prog=f"{self.name}.py",
+            description=f"{self.title.rstrip('?.')}. {self.source}",
+            epilog=self.replaces,
+        )
         one = parser.add_mutually_exclusive_group()
         one.add_argument("--seed", type=int, default=0, help="of data, weights and batches (default: 0)")
         one.add_argument("--seeds", type=int, nargs="+", help="several, for the spread")
         parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: does it run?")
         parser.add_argument(
-            "--solver", choices=sorted(SOLVERS), help="the forward solver (default: the study's)"
+            "--solver", choices=forward_solvers(), help="the forward solver (default: the study's)"
         )
         parser.add_argument(
             "--grad", choices=sorted(GRADS), help="the gradient method (default: the study's)"
         )
-        parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+        parser.add_argument("--device", type=usable, default=torch.device("cpu"), help="default: cpu")
         parser.add_argument(
-            "--out", type=Path, default=Path("runs"), help="folder to write to (default: runs)"
+            "--out", type=Path, help="folder to write to (default: runs, and runs/quick with --quick)"
         )
         return parser
 
@@ -207,17 +213,30 @@ class Study:
         seeds: Sequence[int],
         words: Sequence[str],
         spent: tuple[float, float],
+        args: argparse.Namespace,
     ) -> str:
         """Everything in Markdown. `spent` are the seconds that it took, and those of the processor."""
         results = spreads(found)
         head = ["claim", "paper", "ours", "shows here?"]
-        rows = [[c.text, c.paper, c.ours(results), said(c.shows(results))] for c in self.claims]
+        rows = [
+            [c.text, c.paper, c.ours(results), "quick" if args.quick else said(c.shows(results))]
+            for c in self.claims
+        ]
+        notes = []
+        if args.quick:
+            notes.append(
+                "**A quick run: it shows that the study runs. Its numbers, of tiny sizes, say nothing.**"
+            )
+        given = [f"--{n} {getattr(args, n)}" for n in ("solver", "grad") if getattr(args, n) is not None]
+        if given:
+            notes.append(f"**With {' '.join(given)}.** {self.replaces}")
         command = " ".join(["python", f"examples/{self.name}.py", *words])
         lines = [
             f"# {self.title}",
             "",
             self.source,
             "",
+            *(line for note in notes for line in (note, "")),
             "<!-- --8<-- [start:claims] -->",
             "",
             *grid([head, *rows]),
@@ -234,7 +253,7 @@ class Study:
         lines += [
             f"![Figure]({self.name}.png)",
             "",
-            f"`{command}`; seeds {', '.join(map(str, seeds))}: the mean, and the smallest and largest. "
+            f"`{command}`; {seeded(seeds)}. "
             f"{datetime.date.today().isoformat()}, commit {commit()}, torch {torch.__version__}, python "
             f"{platform.python_version()}, {torch.get_num_threads()} thread(s), {spent[0]:.0f} s, "
             f"of the processor {spent[1]:.0f} s.",
@@ -297,6 +316,30 @@ def grid(rows: Sequence[Sequence[str]]) -> list[str]:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     return [lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]]
+
+
+def seeded(seeds: Sequence[int]) -> str:
+    """Which seeds, and what the numbers are of several."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"seeds {', '.join(map(str, seeds))}: the mean, and the smallest and largest"
+
+
+def forward_solvers() -> list[str]:
+    """The names of those that take any map."""
+    return sorted(name for name in SOLVERS if not isinstance(as_solver(name), AffineSolver))
+
+
+def usable(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not there.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def said(shows: bool | str | None) -> str:

@@ -174,3 +174,8 @@ def test_watching_a_model_leaves_it_as_it_is(study: ModuleType) -> None:
     study.gradient(model, JFB(), EXACT, x, y)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_images_of_another_size_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"expected \(B, 1, 8, 8\)"):
+        FixedPointNetwork(channels=4)(torch.zeros(2, 1, 9, 9))

@@ -148,3 +148,8 @@ def test_the_options_change_what_is_trained(study: ModuleType) -> None:
     ]
     assert type(found[0].model.deq.solver) is not type(found[1].model.deq.solver)
     assert found[0].evaluations != found[1].evaluations
+
+
+def test_images_of_another_size_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"expected \(B, 1, 8, 8\)"):
+        ConvDEQ(channels=4)(torch.zeros(2, 1, 9, 9))

@@ -41,7 +41,7 @@ def add_to(tasks: Any) -> None:
         for option, what in (("solver", "forward solver"), ("grad", "gradient method")):
             parser.add_argument(f"--{option}", help=f"the {what} (default: the study's own)")
         parser.add_argument("--device", help="where to (default: cpu)")
-        parser.add_argument("--out", type=Path, help="folder to write to (default: runs)")
+        parser.add_argument("--out", type=Path, help="folder to write to (default: runs, or runs/quick)")
         parser.set_defaults(run=run, task=name)
 
 

@@ -37,7 +37,7 @@ class FixedPointNetwork(nn.Module):
         size: height and width of the images, even; the norms of the convolutions depend on it.
 
     Raises:
-        ValueError: `contraction`, `channels` or `size` is out of range.
+        ValueError: `contraction`, `channels` or `size` is out of range; or images have another size.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -67,6 +67,7 @@ class FixedPointNetwork(nn.Module):
         for name, value in (("channels", channels), ("size", size)):
             if value < 2 or value % 2:
                 raise ValueError(f"FixedPointNetwork({name}={value!r}): expected a positive even number.")
+        self.size = size
         self.deq = deq or DEQ(FixedPointIteration(tol=1e-3, stop_mode="rel", max_iter=50), JFB())
         self.contraction = contraction
         self.inject = nn.Sequential(
@@ -90,6 +91,11 @@ class FixedPointNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Solution]:
         """The logits (B, classes) of images x (B, 1, size, size), and the `Solution` of the solve."""
+        if x.shape[1:] != (1, self.size, self.size):
+            raise ValueError(
+                f"FixedPointNetwork got images of shape {tuple(x.shape)}; expected (B, 1, {self.size}, "
+                f"{self.size}). Their size is FixedPointNetwork(size=…)."
+            )
         v = self.inject(x)
         z, solution = self.deq(lambda z: self.block(z, v), torch.zeros_like(v))
         return self.head(z), solution

@@ -31,7 +31,7 @@ class ConvDEQ(nn.Module):
         size: height and width of the images, even.
 
     Raises:
-        ValueError: `channels` or `size` is out of range.
+        ValueError: `channels` or `size` is out of range; or images have another size.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -57,6 +57,7 @@ class ConvDEQ(nn.Module):
             )
         if size < 2 or size % 2:
             raise ValueError(f"ConvDEQ(size={size!r}): expected a positive even number.")
+        self.size = size
         self.deq = deq or DEQ(Broyden(tol=1e-2, stop_mode="rel", max_iter=20), PhantomGrad(steps=5, tau=0.5))
         self.inject = nn.Sequential(
             nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(groups, channels), nn.ReLU()
@@ -77,6 +78,11 @@ class ConvDEQ(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Solution]:
         """The logits (B, classes) of images x (B, 1, size, size), and the `Solution` of the solve."""
+        if x.shape[1:] != (1, self.size, self.size):
+            raise ValueError(
+                f"ConvDEQ got images of shape {tuple(x.shape)}; expected (B, 1, {self.size}, {self.size}). Their size "
+                f"is ConvDEQ(size=…)."
+            )
         x = self.inject(x)
         z, solution = self.deq(lambda z: self.block(z, x), torch.zeros_like(x))
         return self.head(z), solution
