@@ -10,7 +10,7 @@ and the convolutions see 5×5 pixels of 16×16.
 
 Source: Geng, Guo, Chen, Li, Wei and Lin (2021), arXiv 2109.04553.
 
-    python examples/hamburger.py --seed 0   # two to five minutes on one core
+    python examples/hamburger.py --seed 0   # three to six minutes on one core
     python examples/hamburger.py --quick    # seconds: does it run?
     python examples/hamburger.py --grad ift # another gradient method in the place of one step, to six evaluations
 """
@@ -477,13 +477,18 @@ def tables(results: Results) -> Sequence[tuple[str, Sequence[Sequence[str]]]]:
 
 
 def draw(figure: Any, found: Sequence[Measured]) -> None:
-    """Scores against seconds, and saved bytes against K. A line per seed."""
+    """Scores against seconds, and saved bytes against K: the mean over seeds, and each seed as a thin line."""
     axes = figure.subplots(1, 3)
     for axis, task in zip(axes, ("patterns", "digits"), strict=False):
         for i, (arm, label) in enumerate(ARMS.items()):
-            for one in found:
-                seconds, scores = one[f"{task} {arm} curve"]
-                axis.plot(seconds, scores, f"C{i}.-", lw=1, alpha=0.7, label=label)
+            curves = [one[f"{task} {arm} curve"] for one in found]
+            for seconds, scores in curves:
+                axis.plot(seconds, scores, f"C{i}-", lw=0.5, alpha=0.4)
+            means = [
+                [sum(at) / len(at) for at in zip(*column, strict=True)]
+                for column in zip(*curves, strict=True)
+            ]
+            axis.plot(*means, f"C{i}.-", lw=1.5, label=label)
         axis.set(xlabel="seconds of training")
         axis.set_title(f"mean IoU, {task}", fontsize=9)
     for bound in ("alone", "told"):

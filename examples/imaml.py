@@ -9,7 +9,7 @@ not there in training.
 
 Source: Rajeswaran, Finn, Kakade and Levine (2019), arXiv 1909.04630; MAML is Finn et al. (2017), arXiv 1703.03400.
 
-    python examples/imaml.py --seed 0            # two to five minutes on one core
+    python examples/imaml.py --seed 0            # three to six minutes on one core
     python examples/imaml.py --quick             # seconds: does it run?
     python examples/imaml.py --solver anderson  # another inner solver
     python examples/imaml.py --grad jfb          # another gradient method in the place of CG

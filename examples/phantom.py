@@ -422,7 +422,9 @@ def draw(figure: Any, found: Sequence[Measured]) -> None:
     for name, label, marker in (("Neumann", "Neumann (5, ½)", "s"), ("exact", "exact, GMRES", "*")):
         trained.plot(mean(f"{name} cost"), mean(name), marker, color="black", markersize=9, label=label)
     trained.set(title="a model of digits", xlabel="ms of a gradient", ylabel="test accuracy, %")
-    trained.legend(fontsize="x-small")
+    low, high = trained.get_ylim()
+    trained.set_ylim(low - 0.6 * (high - low), high)
+    trained.legend(fontsize="x-small", loc="lower right")
 
 
 STUDY = Study(

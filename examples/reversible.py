@@ -457,8 +457,17 @@ def draw(figure: Any, found: Sequence[Measured]) -> None:
                 label = None if n else key
                 missed.plot(one["counts"], curve, color=f"C{color}", linestyle=style, alpha=0.7, label=label)
     missed.axhline(1e-3, color="grey", linestyle=":")
-    missed.set(title="start missed (0 at 1e-17)", xlabel="evaluations", yscale="log", ylim=(1e-26, 1e6))
-    missed.legend(fontsize="x-small", loc="lower right")
+    missed.annotate(
+        "1e-3, beyond which it is refused", (25, 1e-3), fontsize="x-small", va="bottom", color="grey"
+    )
+    missed.set(
+        title="the start, rebuilt (0 is drawn at 1e-17)",
+        xlabel="evaluations",
+        ylabel="relative error",
+        yscale="log",
+    )
+    missed.set_ylim(1e-18, 1e16)
+    missed.legend(fontsize="x-small", loc="upper left")
 
 
 STUDY = Study(
