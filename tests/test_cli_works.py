@@ -55,3 +55,15 @@ def test_without_the_repository_it_says_what_to_do(
     assert main(["train", "lm"]) == 2
     assert "Clone the repository" in capsys.readouterr().err
     assert not ran
+
+
+def test_a_package_that_is_missing_is_named_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, ran: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main(["train", "rbp"]) == 2
+    assert (
+        'needs sklearn, which cannot be imported (it is not installed). Install it with: pip install "torchdeq['
+        in (capsys.readouterr().err)
+    )
+    assert not ran

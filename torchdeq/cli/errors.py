@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 
@@ -32,7 +33,30 @@ def need(module: str, extras: str = "train,viz") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(
-            f"this command needs {module.partition('.')[0]}, which cannot be imported ({error}). Install it with: "
-            f'pip install "torchdeq[{extras}]"'
-        ) from error
+        raise missing(module.partition(".")[0], str(error), extras) from error
+
+
+def need_installed(package: str, extras: str = "train,viz") -> None:
+    """Raise if a package is not installed, without importing it: for commands that start another program.
+
+    Raises:
+        UsageError: it is not installed.
+
+    Example:
+        >>> need_installed("json")
+    """
+    if importlib.util.find_spec(package) is None:
+        raise missing(package, "it is not installed", extras)
+
+
+def missing(package: str, why: str, extras: str) -> UsageError:
+    """The error that says which extras bring a package.
+
+    Example:
+        >>> print(missing("tqdm", "not there", "train"))
+        this command needs tqdm, which cannot be imported (not there). Install it with: pip install "torchdeq[train]"
+    """
+    return UsageError(
+        f"this command needs {package}, which cannot be imported ({why}). Install it with: "
+        f'pip install "torchdeq[{extras}]"'
+    )

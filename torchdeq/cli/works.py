@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torchdeq.cli.checkout import programs
-from torchdeq.cli.errors import UsageError, need
+from torchdeq.cli.errors import UsageError, need_installed
 
 #: The works that can be made again: the name of the file, and what it is.
 WORKS = {
@@ -28,7 +28,7 @@ WORKS = {
     "recursive": "recursive reasoning: Sudoku by a small network of two states",
     "reversible": "reversible equilibria: exact gradients in constant memory",
 }
-NEEDED = ("sklearn.datasets", "tqdm", "matplotlib.figure")
+NEEDED = ("sklearn", "tqdm", "matplotlib")
 
 
 def add_to(tasks: Any) -> None:
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     folder = programs("examples", [args.task], "train,viz")
     if args.seed is not None and args.seeds is not None:
         raise UsageError("--seed is one seed and --seeds are several; give one of them.")
-    for module in NEEDED:
-        need(module)
+    for package in NEEDED:
+        need_installed(package)
     return subprocess.run(command(folder / f"{args.task}.py", args)).returncode
 
 
