@@ -301,6 +301,17 @@ def test_what_is_solved_to_rounding_before_has_converged():
     assert torch.allclose(solution.z, exact(a, b), rtol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [CG, GMRES, BiCGSTAB])
+def test_what_an_ill_conditioned_system_leaves_to_rounding_is_no_breakdown(solver):
+    q = torch.linalg.qr(random_matrix(6, 1.0, 0)).Q
+    a = q * torch.logspace(0, -4, 6, dtype=F64) @ q.T  # I − L, of condition 1e4
+    b = torch.ones(2, 6, dtype=F64)
+    solution = solver(max_iter=60, min_iter=60, tol=math.inf).run(AffineMap(lambda u: u - u @ a, b))
+    assert solution.nfe < 60  # it ends by itself, above 10 ε
+    assert solution.converged.all()
+    assert solution.rel_residual.max() < 1e-11
+
+
 def test_what_breaks_down_before_has_stalled_whatever_its_tolerance():
     down = torch.tensor(
         [[0.5, 0.5, 0.5], [0.5, 0.2, 0.1], [-0.5, -0.5, -0.5]], dtype=F64

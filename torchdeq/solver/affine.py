@@ -40,8 +40,9 @@ class AffineSolver(Solver):
     ‖b‖.
 
     `min_iter` may be `max_iter`: a solve that is cut on purpose, as in `CG(max_iter=6, min_iter=6, tol=inf)` for five
-    steps, makes them all unless a sample is solved to rounding. One that breaks down before is `STALLED`, whatever its
-    residual. Other `min_iter`, `patience`, `compact` and `return_final` are for iterations of f and an error here.
+    steps, makes them all unless a sample is solved to rounding. One that breaks down before, with a residual above
+    √ε ‖b‖, is `STALLED`, whatever `tol` is. Other `min_iter`, `patience`, `compact` and `return_final` are for
+    iterations of f and an error here.
 
     Example:
         Orthomin(1): u ← u + ω r with the ω that makes the residual smallest. The probe is the residual.
@@ -152,9 +153,9 @@ class AffineSolver(Solver):
         # The norm of a sample's residual is at least that of each leaf; so this is enough for every leaf.
         least = scale if scale.dim() == 1 else scale.amin(dim=1)  # (B,)
         limit = self.tol * least if self.stop_mode == "rel" else torch.full_like(least, self.tol)
-        cut = self.min_iter == self.max_iter > 1
-        if cut:
-            limit = torch.minimum(limit, 10 * torch.finfo(b.dtype).eps * least)
+        cut, eps = self.min_iter == self.max_iter > 1, torch.finfo(b.dtype).eps
+        if cut:  # to where b itself is rounded
+            limit = torch.minimum(limit, 10 * eps * least)
         found = self.solve(linear, b, z0, limit=limit, budget=f.limit, preconditioner=affine.preconditioner)
         f.calls = linear.calls
         u = f.rounded(found.u)  # L sees it so, and so it is returned; rounding it adds to the residual
@@ -171,7 +172,8 @@ class AffineSolver(Solver):
         )
         if not cut:
             return solution
-        broken = ~found.unfinished & (found.size > limit) & solution.converged
+        # Rounding leaves up to about ε κ ‖b‖, κ the condition of A. Below √ε that is a solution, for κ up to 1/√ε.
+        broken = ~found.unfinished & (found.size > eps**0.5 * least) & solution.converged
         return dataclasses.replace(solution, status=solution.status.masked_fill(broken, Status.STALLED))
 
     def _norms(self, r: Tensor, f: Tally) -> Tensor:
