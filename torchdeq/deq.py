@@ -414,10 +414,11 @@ def solve_and_attach(
             if ours:
                 release(held)
             plain = isinstance(solver, FixedPointIteration)
-            states = [
-                method.attach(flat, z)[-1] if method.own_steps and plain else z
-                for method, z in zip(methods[:-1], solution.states, strict=True)
-            ]
+            with sharing(held):
+                states = [
+                    method.attach(flat, state)[-1] if method.own_steps and plain else state
+                    for method, state in zip(methods[:-1], solution.states, strict=True)
+                ]
             states.append(z)
     bare = dataclasses.replace(solution, states=[]) if solution.states else solution
     return [layout.unravel(z) for z in states], unravel_solution(bare, layout)

@@ -111,6 +111,8 @@ def test_without_grad_mode_max_iter_counts_and_there_is_no_noise():
         z, solution = DEQ(fixed(4), TruncatedCycle(cycles=9, noise=0.3))(f, f.z0)
         assert torch.equal(z, f(f(f(f(f.z0)))))
         assert solution.nfe == 4
+        _, solution = DEQ(fixed(4), TruncatedCycle(noise=0.3), record=(2,))(f, f.z0)
+        assert torch.equal(solution.states[0], f(f(f.z0)))
         z, solution = DEQ(Anderson(tol=1e-9), TruncatedCycle())(f, f.z0)
     assert solution.converged.all()
     assert torch.equal(z, solution.z)

@@ -139,6 +139,6 @@ class TruncatedCycle(GradMethod):
         return run_to_the_end(f, z0, solver, 1, record)
 
     def _start(self, z: Tensor) -> Tensor:
-        """A start of our own: z, with noise, without a graph."""
+        """A start of our own: z without a graph, in grad mode with noise."""
         z = z.detach()
-        return z + self.noise * torch.randn_like(z) if self.noise else z
+        return z + self.noise * torch.randn_like(z) if self.noise and torch.is_grad_enabled() else z
